@@ -1,0 +1,1 @@
+"""What applications and servers use to reach a cluster."""

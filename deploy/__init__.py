@@ -1,0 +1,1 @@
+"""Bringing up and checking whole clusters."""

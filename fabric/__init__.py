@@ -1,0 +1,1 @@
+"""How data-plane messages and memory move between processes."""

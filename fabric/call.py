@@ -1,0 +1,79 @@
+"""The two ends of a fabric call, as every transport offers them.
+
+The caller names memory: `sources` the server pulls, `sinks` the server fills. The server drives the
+transfer, as with RDMA READ and WRITE. Which transport carries it is invisible here.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from emberfs.fabric.region import Buffer, Slice
+from emberfs.proto.ids import MiB
+
+BODY_BYTES_MAX = 4 * MiB
+PAYLOAD_BYTES_MAX = 64 * MiB  # all sources, or all sinks, of one call
+SINKS_MAX = 1024
+SOURCES_MAX = 64
+
+
+class Reply(NamedTuple):
+    """What came back."""
+
+    body: bytes
+    filled: Sequence[int]  # bytes written into each sink, from its start
+
+
+class Peer(Protocol):
+    """A connection to one server."""
+
+    endpoint: str
+    transport: str  # "tcp", "shm"
+
+    async def call(
+        self,
+        method: int,
+        body: bytes,
+        *,
+        sources: Sequence[Buffer] = (),
+        sinks: Sequence[Buffer] = (),
+        timeout_ns: int,
+    ) -> Reply:
+        """Perform one call.
+
+        When this returns or raises, no byte of `sinks` changes any more and `sources` are no longer
+        read. Raises EmberfsError: the server's own code, or TIMEOUT, DISCONNECTED, TOO_LARGE,
+        OVERLOADED, MALFORMED. Cancelling the task cancels the call at the server.
+        """
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """True once the connection is gone; every pending call has then failed."""
+        ...
+
+    async def close(self) -> None:
+        """End the connection; pending calls fail with DISCONNECTED."""
+        ...
+
+
+class ServerCall(Protocol):
+    """One call as its handler sees it."""
+
+    method: int
+    body: memoryview  # valid until the handler returns
+    peer: str  # who calls, for logs
+    deadline_ns: int  # on the server's monotonic clock
+    # Private copies in server-owned shared memory, so that forwarding them is zero-copy again;
+    # valid until the handler returns. Their contents cannot change under the handler.
+    sources: Sequence[Slice]
+    # Where read data goes: the caller's own memory (shm) or a pooled buffer (tcp). Writable.
+    sinks: Sequence[memoryview]
+
+    def fill(self, sink: int, length: int) -> None:
+        """Declare that the first `length` bytes of a sink are valid (0 if never called)."""
+        ...
+
+
+# A handler returns the reply's body, or raises EmberfsError. It is cancelled when the caller
+# cancels, its deadline passes or its connection goes; what must finish is shielded by the handler.
+Handler = Callable[[ServerCall], Awaitable[bytes]]

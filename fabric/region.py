@@ -1,0 +1,68 @@
+"""Memory that a fabric call names: a Region is a memfd mapping that another process can map too.
+
+A plain memoryview works everywhere as well; on the shm transport it is streamed through the socket
+instead of being mapped, so whoever wants the zero-copy path allocates a Region.
+"""
+
+import mmap
+import os
+from typing import NamedTuple, TypeAlias
+
+
+class Region:
+    """Anonymous shared memory of a fixed size, freed by the kernel when its last user is gone."""
+
+    _count = 0
+
+    def __init__(self, size_bytes: int) -> None:
+        """Allocate `size_bytes` (rounded up to pages). Raises OSError when memory is short."""
+        assert size_bytes > 0
+        Region._count += 1
+        self.id = Region._count  # unique in this process, never reused
+        self.size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.fd = os.memfd_create(f"emberfs-{self.id}", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self.size_bytes)
+        self._map = mmap.mmap(self.fd, self.size_bytes)
+        self.view = memoryview(self._map)
+
+    def slice(self, offset: int, length: int) -> "Slice":
+        """Name a part of this region."""
+        assert 0 <= offset and 0 <= length and offset + length <= self.size_bytes
+        return Slice(self, offset, length)
+
+    def close(self) -> None:
+        """Give the descriptor back. The mapping lives on while someone holds a view of it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self.view.release()
+            try:
+                self._map.close()
+            except BufferError:  # a slice is still held: the last holder frees the mapping
+                pass
+
+
+class Slice(NamedTuple):
+    """A part of a region."""
+
+    region: Region
+    offset: int
+    length: int
+
+    @property
+    def view(self) -> memoryview:
+        """The memory itself, writable."""
+        return self.region.view[self.offset : self.offset + self.length]
+
+
+Buffer: TypeAlias = Slice | memoryview
+
+
+def view_of(buffer: Buffer) -> memoryview:
+    """Return the memory of either kind of buffer."""
+    return buffer.view if isinstance(buffer, Slice) else buffer
+
+
+def length_of(buffer: Buffer) -> int:
+    """Return the size in bytes of either kind of buffer."""
+    return buffer.length if isinstance(buffer, Slice) else buffer.nbytes

@@ -1,0 +1,1 @@
+"""The metadata service: names and attributes over a transactional store."""

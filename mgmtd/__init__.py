@@ -1,0 +1,1 @@
+"""The management service: who is alive and which target serves."""

@@ -1,0 +1,1 @@
+"""The words every part of emberfs shares: ids, errors, cluster, files, messages."""

@@ -1,0 +1,144 @@
+"""Cluster state: nodes, targets, chains, and the routing snapshot that mgmtd publishes.
+
+Invariants: a chain lists its targets head first, in the order SERVING, LASTSRV, SYNCING, WAITING,
+OFFLINE; at most one target of a chain is SYNCING; the chain version rises with every change.
+"""
+
+from enum import IntEnum
+
+import msgspec
+
+from emberfs.proto.ids import ChainId, ChainVersion, NodeId, RoutingVersion, TargetId
+
+
+class PublicState(IntEnum):
+    """State of a target as mgmtd publishes it."""
+
+    SERVING = 1  # complete: reads and writes
+    LASTSRV = 2  # was serving when the last complete replica of the chain was lost
+    SYNCING = 4  # receives writes and is being filled; no reads
+    WAITING = 8  # alive, waits for its turn to be filled
+    OFFLINE = 16  # not alive, or not to be used
+
+
+class LocalState(IntEnum):
+    """State of a target as its own storage service reports it."""
+
+    UPTODATE = 1  # holds everything that its chain has committed
+    ONLINE = 2  # opened and usable, completeness unknown to itself
+    OFFLINE = 4  # not usable: unopened, disk error, or its recovery is asked for
+
+
+class NodeKind(IntEnum):
+    """What a registered process is."""
+
+    MGMTD = 0
+    META = 1
+    STORAGE = 2
+    CLIENT = 3
+
+
+class Node(msgspec.Struct, frozen=True, gc=False):
+    """A registered process. A node record outlives its process; `incarnation` does not."""
+
+    id: NodeId  # for clients the low 32 bits of the client id
+    kind: NodeKind
+    host: str
+    # Data-plane endpoints, best first: "shm://<host key>/<socket path>", "tcp://<ip>:<port>".
+    endpoints: tuple[str, ...]
+    incarnation: int  # random per process start: tells a restart from a hiccup
+    alive: bool
+    metrics: str = ""  # "ip:port" of its Prometheus endpoint
+    client: int = 0  # full client id where kind is CLIENT
+
+
+class ChainTarget(msgspec.Struct, frozen=True, gc=False):
+    """One place in a chain."""
+
+    target: TargetId
+    node: NodeId
+    state: PublicState
+
+
+class Chain(msgspec.Struct, frozen=True, gc=False):
+    """A replication chain, head first."""
+
+    id: ChainId
+    version: ChainVersion
+    targets: tuple[ChainTarget, ...]
+
+    def serving(self) -> tuple[ChainTarget, ...]:
+        """Targets that answer reads, head first."""
+        return tuple(t for t in self.targets if t.state == PublicState.SERVING)
+
+    def writable(self) -> tuple[ChainTarget, ...]:
+        """Targets that receive writes: the serving ones, then the syncing one."""
+        return tuple(
+            t for t in self.targets if t.state in (PublicState.SERVING, PublicState.SYNCING)
+        )
+
+    def head(self) -> ChainTarget | None:
+        """Where writes enter; None while nothing serves."""
+        serving = self.serving()
+        return serving[0] if serving else None
+
+    def tail(self) -> ChainTarget | None:
+        """The last serving target: its committed version is the truth for reads."""
+        serving = self.serving()
+        return serving[-1] if serving else None
+
+    def successor(self, target: TargetId) -> ChainTarget | None:
+        """Who receives this target's forwards; None at the end or when not writable."""
+        writable = self.writable()
+        for place, member in enumerate(writable[:-1]):
+            if member.target == target:
+                return writable[place + 1]
+        return None
+
+    def member(self, target: TargetId) -> ChainTarget | None:
+        """Return this target's place."""
+        return next((t for t in self.targets if t.target == target), None)
+
+
+class TargetReport(msgspec.Struct, frozen=True, gc=False):
+    """What a storage service says of one of its targets with every heartbeat."""
+
+    target: TargetId
+    local: LocalState
+    # The chain version on which the local state was decided; 0 before any chain is known. mgmtd
+    # ignores UPTODATE and OFFLINE that were decided on an older chain.
+    chain_version: ChainVersion
+    used_bytes: int
+    capacity_bytes: int  # what this target could hold at most: used + its share of the free space
+    reason: str = ""  # why it is OFFLINE, in words
+    sync_done_bytes: int = 0  # recovery progress, reported by the target that is being filled
+    sync_total_bytes: int = 0
+
+
+class TargetStatus(msgspec.Struct, frozen=True, gc=False):
+    """A target as mgmtd last heard of it."""
+
+    target: TargetId
+    node: NodeId
+    chain: ChainId  # 0 while it belongs to no chain
+    public: PublicState
+    report: TargetReport
+
+
+class RoutingSnapshot(msgspec.Struct, frozen=True, gc=False):
+    """Everything a client or server must know to reach data. Published whole, versions only rise."""
+
+    cluster: str
+    version: RoutingVersion
+    nodes: dict[NodeId, Node]
+    chains: dict[ChainId, Chain]
+    targets: dict[TargetId, TargetStatus]
+
+    def nodes_of(self, kind: NodeKind) -> list[Node]:
+        """Nodes of a kind, alive or not, by id."""
+        return sorted((n for n in self.nodes.values() if n.kind == kind), key=lambda n: n.id)
+
+
+EMPTY_ROUTING = RoutingSnapshot(
+    cluster="", version=RoutingVersion(0), nodes={}, chains={}, targets={}
+)

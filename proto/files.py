@@ -1,0 +1,94 @@
+"""Files: inodes, directory entries, and the arithmetic from file offset to chunk and chain.
+
+A file is cut into chunks of `chunk_bytes`; chunk i lives on chain `chains[i % len(chains)]`.
+"""
+
+import stat
+from typing import NamedTuple
+
+import msgspec
+
+from emberfs.proto.ids import ChainId, ChunkId, InodeId, pack_chunk_id
+
+NAME_BYTES_MAX = 255
+SYMLINK_BYTES_MAX = 4095
+XATTR_NAME_BYTES_MAX = 255
+XATTR_VALUE_BYTES_MAX = 65_536
+LINK_COUNT_MAX = 65_535
+FILE_BYTES_MAX = (1 << 63) - 1
+
+
+class Layout(msgspec.Struct, frozen=True, gc=False):
+    """Where a file's chunks live. Fixed when the file is created."""
+
+    chunk_bytes: int  # power of two
+    chains: tuple[ChainId, ...]
+
+
+class Inode(msgspec.Struct, frozen=True, gc=False):
+    """Attributes of one file, directory, symlink or special file."""
+
+    id: InodeId
+    mode: int  # type and permission bits as in st_mode
+    uid: int
+    gid: int
+    nlink: int
+    length: int  # bytes; for a symlink the length of its target
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    rdev: int = 0
+    generation: int = 0
+    # Rises when the file shrinks: a length hint of an older truncate version is ignored.
+    truncate_version: int = 0
+    layout: Layout | None = None  # regular files only
+    parent: InodeId = InodeId(0)  # directories only: what ".." is
+    symlink: bytes = b""
+
+    def is_directory(self) -> bool:
+        """Tell a directory."""
+        return stat.S_ISDIR(self.mode)
+
+    def is_file(self) -> bool:
+        """Tell a regular file."""
+        return stat.S_ISREG(self.mode)
+
+    def is_symlink(self) -> bool:
+        """Tell a symbolic link."""
+        return stat.S_ISLNK(self.mode)
+
+
+class DirectoryEntry(msgspec.Struct, frozen=True, gc=False):
+    """A name in a directory. `mode` holds the file type bits only."""
+
+    name: bytes
+    inode: InodeId
+    mode: int
+
+
+class Piece(NamedTuple):
+    """The part of a file range that lies in one chunk."""
+
+    chunk: ChunkId
+    chain: ChainId
+    index: int  # chunk index in the file
+    offset: int  # bytes from the start of the chunk
+    length: int  # bytes
+    start: int  # bytes from the start of the range
+
+
+def pieces(inode: InodeId, layout: Layout, offset: int, length: int) -> list[Piece]:
+    """Cut the file range [offset, offset + length) at chunk borders, in file order."""
+    assert offset >= 0 and length >= 0
+    found: list[Piece] = []
+    chunk_bytes, chains = layout.chunk_bytes, layout.chains
+    position, end = offset, offset + length
+    while position < end:
+        index, within = divmod(position, chunk_bytes)
+        count = min(chunk_bytes - within, end - position)
+        chain = chains[index % len(chains)]
+        found.append(
+            Piece(pack_chunk_id(inode, index), chain, index, within, count, position - offset)
+        )
+        position += count
+    return found

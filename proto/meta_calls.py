@@ -1,0 +1,277 @@
+"""The data-plane methods of the metadata service.
+
+Every mutating request carries a RequestId: the server remembers its reply for some time, so a
+retry after a lost reply answers the same and does nothing twice.
+"""
+
+import msgspec
+
+from emberfs.proto.files import Inode
+from emberfs.proto.ids import InodeId, SessionId
+from emberfs.proto.method import Method
+
+
+class Caller(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """On whose behalf: permission checks are the server's. uid 0 passes them all."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+class RequestId(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Names one mutating call; a retry carries the same."""
+
+    client: int
+    sequence: int
+
+
+class InodeAnswer(msgspec.Struct, frozen=True, gc=False):
+    """An inode as it is now."""
+
+    inode: Inode
+
+
+class Nothing(msgspec.Struct, frozen=True, gc=False):
+    """An answer without content."""
+
+
+class LookupRequest(msgspec.Struct, frozen=True, gc=False):
+    """Find a name ("." and ".." too) in a directory. NOT_FOUND, NOT_DIRECTORY, ACCESS."""
+
+    caller: Caller
+    parent: InodeId
+    name: bytes
+
+
+class ResolveRequest(msgspec.Struct, frozen=True, gc=False):
+    """Walk a path from the root, following symlinks (the last one only if `follow`).
+
+    Raises NOT_FOUND, NOT_DIRECTORY, ACCESS, LOOP (40 links), NAME_TOO_LONG.
+    """
+
+    caller: Caller
+    path: bytes
+    follow: bool = True
+    parent: bool = False  # stop at the directory that holds the last name
+
+
+class ResolveAnswer(msgspec.Struct, frozen=True, gc=False):
+    """The inode, or with `parent` the directory's inode and the remaining name."""
+
+    inode: Inode
+    name: bytes = b""
+
+
+class GetattrRequest(msgspec.Struct, frozen=True, gc=False):
+    """Attributes by id. NOT_FOUND once the inode is gone."""
+
+    inode: InodeId
+
+
+class SetattrRequest(msgspec.Struct, frozen=True, gc=False):
+    """Change attributes; None leaves one alone. A new length truncates (server-side, chunks too).
+
+    `now_ns` fields: -1 means the server's clock.
+    """
+
+    caller: Caller
+    request: RequestId
+    inode: InodeId
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    length: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    session: SessionId = SessionId(0)  # a write session skips the permission check of truncate
+
+
+class CreateRequest(msgspec.Struct, frozen=True, gc=False):
+    """Create, open or create-and-open a regular file in one transaction.
+
+    EXISTS if the name exists and `exclusive`; otherwise an existing regular file is opened
+    (truncated if `truncate`). The answer's session is 0 if `session` was 0 (mknod only).
+    """
+
+    caller: Caller
+    request: RequestId
+    parent: InodeId
+    name: bytes
+    mode: int  # permission bits, umask already applied
+    session: SessionId
+    write: bool
+    exclusive: bool = False
+    truncate: bool = False
+
+
+class MknodRequest(msgspec.Struct, frozen=True, gc=False):
+    """Make a directory (S_IFDIR), fifo, socket, device or empty regular file."""
+
+    caller: Caller
+    request: RequestId
+    parent: InodeId
+    name: bytes
+    mode: int  # type and permission bits, umask already applied
+    rdev: int = 0
+
+
+class SymlinkRequest(msgspec.Struct, frozen=True, gc=False):
+    """Make a symbolic link."""
+
+    caller: Caller
+    request: RequestId
+    parent: InodeId
+    name: bytes
+    target: bytes
+
+
+class LinkRequest(msgspec.Struct, frozen=True, gc=False):
+    """Make a hard link to a non-directory."""
+
+    caller: Caller
+    request: RequestId
+    inode: InodeId
+    parent: InodeId
+    name: bytes
+
+
+class RemoveRequest(msgspec.Struct, frozen=True, gc=False):
+    """unlink, or rmdir with `directory`. IS_DIRECTORY / NOT_DIRECTORY / NOT_EMPTY as in POSIX."""
+
+    caller: Caller
+    request: RequestId
+    parent: InodeId
+    name: bytes
+    directory: bool
+
+
+class RenameRequest(msgspec.Struct, frozen=True, gc=False):
+    """rename(2) with all overwrite rules; flags as renameat2: 1 NOREPLACE, 2 EXCHANGE."""
+
+    caller: Caller
+    request: RequestId
+    parent: InodeId
+    name: bytes
+    new_parent: InodeId
+    new_name: bytes
+    flags: int = 0
+
+
+class OpenRequest(msgspec.Struct, frozen=True, gc=False):
+    """Open a regular file: checks permission and records a session, so that unlink keeps it."""
+
+    caller: Caller
+    request: RequestId
+    inode: InodeId
+    session: SessionId
+    read: bool
+    write: bool
+    truncate: bool = False
+
+
+class SettleRequest(msgspec.Struct, frozen=True, gc=False):
+    """Report a file's length (and times) while it is open, at fsync, and at close.
+
+    `length` is the highest end of any write of this session since `truncate_version`; the file's
+    length becomes max(current, length) if the truncate version is still the current one, and is
+    left alone otherwise. With `close` the session ends (and an unlinked file may be collected).
+    With `durable` the answer comes only after the transaction is on stable storage.
+    """
+
+    request: RequestId
+    inode: InodeId
+    session: SessionId
+    length: int | None = None
+    truncate_version: int = 0
+    mtime_ns: int | None = None
+    atime_ns: int | None = None
+    close: bool = False
+    durable: bool = False
+
+
+class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):
+    """List a directory after a name, with the inodes if `plus`."""
+
+    caller: Caller
+    inode: InodeId
+    after: bytes  # b"" from the beginning; names come in byte order
+    limit: int
+    plus: bool = True
+
+
+class ReaddirRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One entry; `inode` only with plus (None if it vanished in between)."""
+
+    name: bytes
+    id: InodeId
+    mode: int
+    inode: Inode | None
+
+
+class ReaddirAnswer(msgspec.Struct, frozen=True, gc=False):
+    """A page; `more` tells whether another follows. "." and ".." are not listed."""
+
+    rows: tuple[ReaddirRow, ...]
+    more: bool
+
+
+class XattrRequest(msgspec.Struct, frozen=True, gc=False):
+    """Get, or with an empty name list, extended attributes. NO_ATTRIBUTE if absent."""
+
+    caller: Caller
+    inode: InodeId
+    name: bytes
+
+
+class XattrAnswer(msgspec.Struct, frozen=True, gc=False):
+    """The value, or the names."""
+
+    value: bytes = b""
+    names: tuple[bytes, ...] = ()
+
+
+class SetXattrRequest(msgspec.Struct, frozen=True, gc=False):
+    """Set (or with value None remove) one; flags 1 XATTR_CREATE, 2 XATTR_REPLACE."""
+
+    caller: Caller
+    request: RequestId
+    inode: InodeId
+    name: bytes
+    value: bytes | None
+    flags: int = 0
+
+
+class StatfsRequest(msgspec.Struct, frozen=True, gc=False):
+    """Ask for space and inodes."""
+
+
+class StatfsAnswer(msgspec.Struct, frozen=True, gc=False):
+    """Capacity after replication, as an application can use it."""
+
+    total_bytes: int
+    free_bytes: int
+    inodes: int
+
+
+class StableRequest(msgspec.Struct, frozen=True, gc=False):
+    """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""
+
+
+LOOKUP = Method(32, "lookup", LookupRequest, InodeAnswer)
+RESOLVE = Method(33, "resolve", ResolveRequest, ResolveAnswer)
+GETATTR = Method(34, "getattr", GetattrRequest, InodeAnswer)
+SETATTR = Method(35, "setattr", SetattrRequest, InodeAnswer)
+CREATE = Method(36, "create", CreateRequest, InodeAnswer)
+MKNOD = Method(37, "mknod", MknodRequest, InodeAnswer)
+SYMLINK = Method(38, "symlink", SymlinkRequest, InodeAnswer)
+LINK = Method(39, "link", LinkRequest, InodeAnswer)
+REMOVE = Method(40, "remove", RemoveRequest, Nothing)
+RENAME = Method(41, "rename", RenameRequest, Nothing)
+OPEN = Method(42, "open", OpenRequest, InodeAnswer)
+SETTLE = Method(43, "settle", SettleRequest, InodeAnswer)
+READDIR = Method(44, "readdir", ReaddirRequest, ReaddirAnswer)
+XATTR = Method(45, "xattr", XattrRequest, XattrAnswer)
+SET_XATTR = Method(46, "set_xattr", SetXattrRequest, Nothing)
+STATFS = Method(47, "statfs", StatfsRequest, StatfsAnswer)
+STABLE = Method(48, "stable", StableRequest, Nothing)

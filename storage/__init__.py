@@ -1,0 +1,1 @@
+"""The storage service: chunks and their replicas."""
