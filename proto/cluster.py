@@ -126,7 +126,7 @@ class TargetStatus(msgspec.Struct, frozen=True, gc=False):
 
 
 class RoutingSnapshot(msgspec.Struct, frozen=True, gc=False):
-    """Everything a client or server must know to reach data. Published whole, versions only rise."""
+    """Everything needed to reach data. Published whole, versions only rise."""
 
     cluster: str
     version: RoutingVersion

@@ -71,7 +71,7 @@ class Piece(NamedTuple):
 
     chunk: ChunkId
     chain: ChainId
-    index: int  # chunk index in the file
+    chunk_index: int  # in the file
     offset: int  # bytes from the start of the chunk
     length: int  # bytes
     start: int  # bytes from the start of the range
@@ -79,7 +79,7 @@ class Piece(NamedTuple):
 
 def pieces(inode: InodeId, layout: Layout, offset: int, length: int) -> list[Piece]:
     """Cut the file range [offset, offset + length) at chunk borders, in file order."""
-    assert offset >= 0 and length >= 0
+    assert min(offset, length) >= 0
     found: list[Piece] = []
     chunk_bytes, chains = layout.chunk_bytes, layout.chains
     position, end = offset, offset + length

@@ -56,7 +56,7 @@ def unpack_read_ops(body: bytes | memoryview) -> list[ReadOp]:
     if rest or not 0 < count <= READ_OPS_MAX:
         raise EmberfsError(Code.MALFORMED, f"read batch of {len(body)} bytes")
     make = ReadOp._make
-    return [make(fields) for fields in _READ_OP.iter_unpack(body)]  # type: ignore[arg-type]
+    return [make(fields) for fields in _READ_OP.iter_unpack(body)]
 
 
 def pack_read_results(results: Iterable[ReadResult]) -> bytes:

@@ -50,8 +50,15 @@ class DiskFile(Protocol):
 class Space(Protocol):
     """Room on a file system, in bytes."""
 
-    total_bytes: int
-    free_bytes: int
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file system."""
+        ...
+
+    @property
+    def free_bytes(self) -> int:
+        """What an unprivileged user may still write."""
+        ...
 
 
 class Disk(Protocol):
@@ -98,9 +105,13 @@ class Env(Protocol):
     """Everything a process may know or do besides computing."""
 
     random: random.Random
-    disk: Disk
     boot_id: str  # changes when the machine restarts: unsynced data may be gone then
     host_key: str  # equal for processes that can share memory
+
+    @property
+    def disk(self) -> Disk:
+        """The disks of this machine."""
+        ...
 
     def now_ns(self) -> int:
         """Monotonic clock: durations, leases, deadlines."""
