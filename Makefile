@@ -1,0 +1,57 @@
+# emberfs. `make up` gives you a mounted cluster, `make test` proves it.
+VENV  ?= .venv
+MOUNT ?= mnt
+BIN   := $(VENV)/bin
+INPUTS := pyproject.toml runtime/_native.c deploy/install.sh
+
+.PHONY: up down clean-data status install test check unit integration demo bench proto help
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
+
+up: $(VENV)/installed          ## install what is missing, start a 3-replica cluster, mount it (MOUNT=dir)
+	@$(BIN)/emberfs up --mount $(MOUNT)
+
+down:                          ## unmount and stop; data is kept
+	@$(BIN)/emberfs down
+
+clean-data:                    ## delete the stopped cluster's data
+	@$(BIN)/emberfs clean-data
+
+status:                        ## nodes, chains, targets, space, transports
+	@$(BIN)/emberfs status
+
+install: $(VENV)/installed     ## only install
+
+$(VENV)/installed: $(INPUTS)
+	@deploy/install.sh $(VENV)
+	@touch $@
+
+$(VENV)/installed-test: $(INPUTS)
+	@deploy/install.sh $(VENV) test
+	@touch $(VENV)/installed $@
+
+test: check                    ## the whole test suite: checks, unit, semantics, integration
+	@$(BIN)/pytest $(PYTEST_FLAGS)
+
+unit: $(VENV)/installed-test   ## the fast tests only
+	@$(BIN)/pytest -q tests/test_tidy.py tests/unit tests/semantics/test_local.py
+
+integration: $(VENV)/installed-test  ## real processes, real mounts
+	@$(BIN)/pytest tests/integration
+
+check: $(VENV)/installed-test  ## ruff, format, mypy strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
+	@$(BIN)/python -m bench.demo
+
+bench: $(VENV)/installed-test  ## figures, limits and ratios
+	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+proto: $(VENV)/installed-test  ## regenerate the gRPC stubs
+	@out=$$(mktemp -d) && $(BIN)/python -m grpc_tools.protoc -I tests/typecheck --python_out=$$out \
+	  --grpc_python_out=$$out --mypy_out=$$out emberfs/proto/control.proto && \
+	  cp $$out/emberfs/proto/control_pb2* proto/ && rm -r $$out

@@ -1,0 +1,241 @@
+"""The command `emberfs`."""
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import msgspec
+import typer
+from rich.table import Table
+
+from emberfs.client.cluster import Cluster
+from emberfs.client.control import Control
+from emberfs.deploy import doctor as doctor_checks
+from emberfs.deploy import local_cluster, processes
+from emberfs.deploy.fsck import Fsck
+from emberfs.deploy.plan import Plan, load_plan
+from emberfs.deploy.status import console, show, size
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.ids import SECOND
+from emberfs.runtime.real import RealEnv
+from emberfs.runtime.service import explain
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="emberfs: a distributed file system for AI work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[
+    Path, typer.Option("--directory", "-d", help="where the local cluster keeps everything")
+]
+HERE = Path(".emberfs")
+CONNECT_TIMEOUT_NS = 10 * SECOND
+
+
+def say(text: str) -> None:
+    """Print one line for people."""
+    console().print(text, markup=False)
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with one line on stderr."""
+    print(f"emberfs: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def perform(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's coroutine; a failure is one line."""
+    try:
+        return asyncio.run(work)
+    except (EmberfsError, OSError) as problem:
+        fail(explain(problem))
+
+
+def plan_of(directory: Path) -> Plan:
+    """Return the plan of an existing local cluster."""
+    try:
+        plan = load_plan(directory.absolute())
+    except EmberfsError as problem:
+        fail(problem.message)
+    if plan is None:
+        fail(f"no cluster in {directory.absolute()}: run `emberfs up` first, or pass --directory")
+    return plan
+
+
+@app.command()
+def up(
+    directory: Directory = HERE,
+    mount: Annotated[Path | None, typer.Option(help="mount point (default ./mnt)")] = None,
+    base_port: Annotated[int | None, typer.Option(help="first TCP port (default 9400)")] = None,
+    storages: Annotated[int | None, typer.Option(help="storage services (default 3)")] = None,
+    replicas: Annotated[int | None, typer.Option(help="copies of all data (default 3)")] = None,
+    no_mount: Annotated[bool, typer.Option("--no-mount", help="only the servers")] = False,
+) -> None:
+    """Start a whole cluster on this host and mount it. Harmless when it runs already."""
+    directory = directory.absolute()
+    try:
+        earlier = load_plan(directory)
+    except EmberfsError as problem:
+        fail(problem.message)
+    plan = earlier or Plan(directory=str(directory), mountpoint=str(Path("mnt").absolute()))
+    if (
+        earlier
+        and (storages or replicas)
+        and (storages, replicas) != (storages and plan.storages, replicas and plan.replicas)
+    ):
+        fail("storages and replicas are fixed once the cluster exists; use another --directory")
+    wanted = {
+        "mountpoint": str(mount.absolute()) if mount else None,
+        "base_port": base_port,
+        "storages": storages,
+        "replicas": replicas,
+    }
+    plan = msgspec.structs.replace(plan, **{k: v for k, v in wanted.items() if v is not None})
+    _refuse_fatal(plan)
+    perform(_up(plan, mount=not no_mount))
+
+
+def _refuse_fatal(plan: Plan) -> None:
+    for finding in _findings(plan):
+        if finding.grade == doctor_checks.Grade.FATAL:
+            fail(f"{finding.subject}: {finding.seen}; {finding.remedy}")
+
+
+def _findings(plan: Plan) -> list[doctor_checks.Finding]:
+    ports = [] if _runs(plan, "mgmtd") else [plan.base_port]
+    names = [*plan.service_names(), "fuse"]
+    ports += [plan.metrics_port(name) for name in names if not _runs(plan, name)]
+    return doctor_checks.examine(RealEnv(), Path(plan.directory), ports)
+
+
+def _runs(plan: Plan, name: str) -> bool:
+    return processes.running_pid(plan.process(name)) is not None
+
+
+async def _up(plan: Plan, *, mount: bool) -> None:
+    env = RealEnv()
+    routing = await local_cluster.bring_up(env, plan, say, mount=mount)
+    console().print(await show(env, routing, plan))
+    place = plan.mountpoint
+    say("")
+    say("Try next:")
+    if mount:
+        say(f"  cp -a /usr/share/doc {place}/ && diff -r /usr/share/doc {place}/doc")
+        say(f"  fio --name=demo --directory={place} --rw=randwrite --size=64m --verify=crc32c")
+    say("  emberfs status      emberfs fsck      emberfs doctor      emberfs down")
+
+
+@app.command()
+def down(
+    directory: Directory = HERE,
+    force: Annotated[bool, typer.Option("--force", help="detach a busy mount")] = False,
+) -> None:
+    """Unmount and stop the local cluster; data is kept."""
+    plan = plan_of(directory)
+    try:
+        local_cluster.bring_down(plan, say, force=force)
+    except EmberfsError as problem:
+        fail(problem.message)
+
+
+@app.command("clean-data")
+def clean_data(directory: Directory = HERE) -> None:
+    """Delete a stopped local cluster with all its data."""
+    try:
+        local_cluster.clean_data(directory.absolute())
+    except EmberfsError as problem:
+        fail(problem.message)
+
+
+@app.command()
+def mount(
+    directory: Directory = HERE,
+    mountpoint: Annotated[Path | None, typer.Argument(help="mount point")] = None,
+) -> None:
+    """Mount the local cluster (again), also over a dead mount."""
+    plan = plan_of(directory)
+    if mountpoint:
+        plan = msgspec.structs.replace(plan, mountpoint=str(mountpoint.absolute()))
+        local_cluster.write_plan(plan)
+    perform(local_cluster.mount_here(RealEnv(), plan, say))
+
+
+@app.command()
+def umount(
+    directory: Directory = HERE,
+    force: Annotated[bool, typer.Option("--force", help="detach a busy mount")] = False,
+) -> None:
+    """Unmount the local cluster; the servers go on."""
+    try:
+        local_cluster.unmount_here(plan_of(directory), say, force=force)
+    except EmberfsError as problem:
+        fail(problem.message)
+
+
+@app.command()
+def status(directory: Directory = HERE) -> None:
+    """Show nodes, chains, targets, space, and how each server is reached and why."""
+    plan = plan_of(directory)
+    perform(_status(plan))
+
+
+async def _status(plan: Plan) -> None:
+    control = Control((plan.mgmtd_address,), plan.cluster)
+    try:
+        routing = await control.routing()
+    finally:
+        await control.close()
+    console().print(await show(RealEnv(), routing, plan))
+
+
+@app.command()
+def doctor(directory: Directory = HERE) -> None:
+    """Check this host; each finding comes with its remedy."""
+    directory = directory.absolute()
+    plan = load_plan(directory) or Plan(directory=str(directory), mountpoint="mnt")
+    table = Table("", "what", "seen", "remedy")
+    marks = {0: "[green]ok[/]", 1: "[yellow]warning[/]", 2: "[red]fatal[/]"}
+    findings = _findings(plan)
+    for finding in findings:
+        table.add_row(marks[finding.grade], finding.subject, finding.seen, finding.remedy)
+    console().print(table)
+    raise SystemExit(any(f.grade == doctor_checks.Grade.FATAL for f in findings))
+
+
+@app.command()
+def fsck(
+    directory: Directory = HERE,
+    verify: Annotated[bool, typer.Option(help="read all data and compare its checksums")] = True,
+) -> None:
+    """Prove that replicas are equal, data is sound and every block has one owner."""
+    perform(_fsck(plan_of(directory), verify=verify))
+
+
+async def _fsck(plan: Plan, *, verify: bool) -> None:
+    cluster = await Cluster.open(
+        RealEnv(),
+        (plan.mgmtd_address,),
+        plan.cluster,
+        register=False,
+        timeout_ns=CONNECT_TIMEOUT_NS,
+    )
+    try:
+        report = await Fsck(cluster, say, verify=verify).run()
+    finally:
+        await cluster.close()
+    for finding in report.findings:
+        say(finding)
+    if report.findings:
+        raise EmberfsError(Code.CHECKSUM, f"fsck found {len(report.findings)} problems")
+    say(f"clean: {report.chunks} chunks, {size(report.bytes)}, all replicas byte-equal")
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,43 @@
+#!/bin/sh
+# Installs what a fresh Debian or Ubuntu machine lacks, then emberfs into a virtual environment.
+# usage: deploy/install.sh VENV [test]      Harmless when repeated; needs root or sudo only if something is missing.
+set -eu
+venv=$1
+want="fuse3 libfuse3-dev pkg-config gcc libc6-dev"
+[ "${2:-}" = test ] && want="$want fio git sqlite3 make e2fsprogs"
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    echo "emberfs needs Python 3.11 or newer; $python is not. Install it or set PYTHON=/path/to/python3.11" >&2
+    exit 1
+}
+# Only the system's own Python needs Debian's venv and header packages; others bring their own.
+"$python" -c 'import ensurepip' 2>/dev/null || want="$want python3-venv"
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    want="$want python3-dev"
+
+missing=""
+for package in $want; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+    command -v apt-get >/dev/null || {
+        echo "missing:$missing. This script knows apt only; install their equivalents and run it again" >&2
+        exit 1
+    }
+    as_root=""
+    [ "$(id -u)" = 0 ] || as_root=sudo
+    echo "installing Debian packages:$missing"
+    $as_root apt-get update -qq
+    # shellcheck disable=SC2086
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+echo "installing emberfs into $venv"
+"$venv/bin/python" -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
+if [ "${2:-}" = test ]; then
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e . --group dev
+else
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e .
+fi
