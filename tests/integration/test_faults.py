@@ -1,0 +1,172 @@
+"""Servers die with SIGKILL under load; applications notice nothing that they must not."""
+
+import json
+import os
+import random
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from integration.harness import LocalCluster, run, wait_until
+
+RESUME_S = 6.0  # DESIGN section 8
+
+
+class Writer(threading.Thread):
+    """Writes and verifies blocks of one file for ever, and remembers the longest pause."""
+
+    def __init__(self, path: Path, *, sync_each: int = 8) -> None:
+        super().__init__(daemon=True)
+        self.path = path
+        self.sync_each = sync_each
+        self.stopping = threading.Event()
+        self.longest_s = 0.0
+        self.rounds = 0
+        self.problem: BaseException | None = None
+        self.model = bytearray(4 << 20)
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except BaseException as problem:
+            self.problem = problem
+
+    def _write(self) -> None:
+        choose = random.Random(3)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        os.pwrite(fd, self.model, 0)
+        while not self.stopping.is_set():
+            began = time.monotonic()
+            offset = choose.randrange(len(self.model) - 70_000)
+            data = choose.randbytes(choose.choice([512, 4096, 65_536]))
+            os.pwrite(fd, data, offset)
+            self.model[offset : offset + len(data)] = data
+            self.rounds += 1
+            if self.rounds % self.sync_each == 0:
+                os.fsync(fd)
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
+        os.fsync(fd)
+        assert os.pread(fd, len(self.model), 0) == self.model
+        os.close(fd)
+
+    def finish(self) -> None:
+        """Stop, then fail the test if anything went wrong."""
+        self.stopping.set()
+        self.join(60)
+        assert not self.is_alive(), "the writer hangs"
+        if self.problem is not None:
+            raise self.problem
+        assert self.path.read_bytes() == self.model
+
+
+def test_a_storage_service_dies_and_recovers_under_fio(fresh: LocalCluster) -> None:
+    fio = subprocess.Popen(
+        [
+            "fio", "--name=v", f"--directory={fresh.mount}", "--rw=randwrite", "--bs=16k",
+            "--size=24m", "--numjobs=1", "--verify=crc32c", "--verify_fatal=1", "--fsync=16",
+            "--ioengine=psync", "--rate_iops=120", "--output-format=json",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        time.sleep(2)
+        fresh.kill("storage2")
+        time.sleep(7)
+        assert fio.poll() is None, "fio ended early"
+        fresh.start("storage2")
+        output, _ = fio.communicate(timeout=90)
+    finally:
+        fio.kill()
+        fio.wait()
+    job = json.loads(output[output.index("{") :])["jobs"][0]
+    assert fio.returncode == 0
+    assert job["error"] == 0
+    fresh.wait_serving()
+    assert "clean:" in fresh.fsck()
+
+
+def test_writes_resume_and_reads_go_on_after_a_kill(fresh: LocalCluster) -> None:
+    stable = fresh.mount / "stable"
+    stable.write_bytes(os.urandom(3 << 20))
+    expected = stable.read_bytes()
+    writer = Writer(fresh.mount / "moving")
+    writer.start()
+    wait_until(lambda: writer.rounds > 20, 20)
+    fresh.kill("storage1")
+    slowest_s = 0.0
+    for _ in range(20):
+        began = time.monotonic()
+        fd = os.open(stable, os.O_RDONLY | os.O_DIRECT)
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            file.seek(1 << 20)
+            assert file.read(4096) == expected[1 << 20 : (1 << 20) + 4096]
+        slowest_s = max(slowest_s, time.monotonic() - began)
+    rounds = writer.rounds
+    wait_until(lambda: writer.rounds > rounds + 20, 15)
+    fresh.start("storage1")
+    fresh.wait_serving()
+    writer.finish()
+    assert "clean:" in fresh.fsck()
+    # Promises, with room for a shared machine: the design says 6 s and 0.5 s.
+    assert writer.longest_s < RESUME_S + 4
+    assert slowest_s < 4
+
+
+def test_meta_and_mgmtd_die_and_the_mount_goes_on(fresh: LocalCluster) -> None:
+    (fresh.mount / "before").write_text("kept")
+    writer = Writer(fresh.mount / "moving")
+    writer.start()
+    wait_until(lambda: writer.rounds > 10, 20)
+    fresh.kill("meta")
+    fresh.start("meta")
+    (fresh.mount / "after-meta").write_text("1")
+    fresh.kill("mgmtd")
+    time.sleep(4)
+    fresh.start("mgmtd")
+    (fresh.mount / "after-mgmtd").write_text("2")
+    rounds = writer.rounds
+    wait_until(lambda: writer.rounds > rounds + 10, 20)
+    writer.finish()
+    names = {"before", "moving", "after-meta", "after-mgmtd"}
+    assert names <= set(os.listdir(fresh.mount))
+    fresh.wait_serving()
+    assert "clean:" in fresh.fsck()
+
+
+def test_the_fuse_daemon_dies_and_nothing_synced_is_missing(fresh: LocalCluster) -> None:
+    data = os.urandom(2_500_000)
+    with (fresh.mount / "synced").open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        fresh.kill("fuse")
+    fresh.emberfs("mount")
+    assert (fresh.mount / "synced").read_bytes() == data
+
+
+def test_everything_dies_and_up_brings_it_back(fresh: LocalCluster) -> None:
+    data = os.urandom(3_000_000)
+    for number in range(5):
+        (fresh.mount / f"f{number}").write_bytes(data[number:])
+    for name in ["fuse", *fresh.plan.service_names()]:
+        fresh.kill(name)
+    fresh.up()
+    for number in range(5):
+        assert (fresh.mount / f"f{number}").read_bytes() == data[number:]
+    fresh.wait_serving()
+    assert "clean:" in fresh.fsck()
+
+
+def test_a_replica_that_missed_writes_is_filled(fresh: LocalCluster) -> None:
+    (fresh.mount / "old").write_bytes(os.urandom(2 << 20))
+    fresh.kill("storage3")
+    wait_until(lambda: "offline" in fresh.status(), 15)
+    for number in range(6):
+        (fresh.mount / f"new{number}").write_bytes(os.urandom(1_500_000))
+    (fresh.mount / "old").unlink()
+    fresh.start("storage3")
+    fresh.wait_serving()
+    run("sync", "-f", fresh.mount)
+    assert "clean:" in fresh.fsck()
