@@ -46,7 +46,7 @@ check: $(VENV)/installed-test  ## ruff, format, mypy strict
 	@$(BIN)/mypy
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
-	@$(BIN)/python -m bench.demo
+	@PYTHONPATH=tests $(BIN)/python bench/demo.py
 
 bench: $(VENV)/installed-test  ## figures, limits and ratios
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
