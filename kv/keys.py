@@ -1,0 +1,152 @@
+"""Every key of the key-value store: the one list of prefixes, and order-preserving encodings.
+
+Invariants: prefixes are one byte and unique; integers inside keys are big-endian, so that byte
+order is numeric order (except inode ids, which are scattered on purpose).
+"""
+
+import struct
+from enum import Enum
+from typing import NamedTuple
+
+KEY_BYTES_MAX = 2048
+
+
+class Prefix(bytes, Enum):
+    """First byte of a key: what kind of record it is."""
+
+    FILE_SYSTEM = b"F"  # one record: cluster name, format
+    COUNTER = b"C"  # + name: int64
+    INODE = b"I"  # + scattered inode
+    ENTRY = b"D"  # + parent inode + name: a directory is one range
+    SESSION = b"S"  # + inode + session: who has the file open
+    XATTR = b"X"  # + inode + name
+    DELETED = b"G"  # + inode: waits for its chunks to be removed
+    TRIM = b"T"  # + inode: shrunk, chunks beyond the end are still to be cut
+    REPLY = b"R"  # + client + sequence: the remembered reply of a mutating call
+    REPLY_AGE = b"r"  # + time + client + sequence: the same in order of age
+    MGMTD = b"M"  # everything of the management service; it divides its space itself
+
+
+class Span(NamedTuple):
+    """A range of keys [start, stop)."""
+
+    start: bytes
+    stop: bytes
+
+
+_U64 = struct.Struct(">Q")
+_INODE = struct.Struct("<Q")
+_TWO = struct.Struct(">QQ")
+_THREE = struct.Struct(">QQQ")
+
+# Plain bytes: slicing and adding enum members costs ten times as much.
+_P = {prefix: bytes(prefix.value) for prefix in Prefix}
+_INODE_PREFIX = _P[Prefix.INODE]
+_ENTRY_PREFIX = _P[Prefix.ENTRY]
+_SESSION_PREFIX = _P[Prefix.SESSION]
+_XATTR_PREFIX = _P[Prefix.XATTR]
+_REPLY_PREFIX = _P[Prefix.REPLY]
+_REPLY_AGE_PREFIX = _P[Prefix.REPLY_AGE]
+
+FILE_SYSTEM_KEY = _P[Prefix.FILE_SYSTEM]
+INODE_BLOCK_KEY = _P[Prefix.COUNTER] + b"inode-block"  # next block of ids to hand out
+INODE_COUNT_KEY = _P[Prefix.COUNTER] + b"inodes"
+
+
+def span_of(prefix: bytes) -> Span:
+    """All keys that begin with `prefix`."""
+    trimmed = prefix.rstrip(b"\xff")
+    assert trimmed, "no key sorts behind a prefix of 0xff"
+    return Span(prefix, trimmed[:-1] + bytes([trimmed[-1] + 1]))
+
+
+def inode_key(inode: int) -> bytes:
+    """Little-endian: neighbouring ids scatter over the shards of a distributed store."""
+    return _INODE_PREFIX + _INODE.pack(inode)
+
+
+def entry_key(parent: int, name: bytes) -> bytes:
+    """Key of a name in a directory."""
+    return _ENTRY_PREFIX + _U64.pack(parent) + name
+
+
+def entry_span(parent: int, after: bytes = b"") -> Span:
+    """All names of a directory that sort behind `after`."""
+    start = _ENTRY_PREFIX + _U64.pack(parent)
+    return Span(start + after + b"\0" if after else start, _ENTRY_PREFIX + _U64.pack(parent + 1))
+
+
+def entry_name(key: bytes) -> bytes:
+    """Return the name in an entry's key."""
+    return key[9:]
+
+
+def session_key(inode: int, session: int) -> bytes:
+    """Key of one open file description."""
+    return _SESSION_PREFIX + _TWO.pack(inode, session)
+
+
+def session_span(inode: int) -> Span:
+    """All sessions of a file."""
+    return Span(
+        _SESSION_PREFIX + _U64.pack(inode),
+        _SESSION_PREFIX + _U64.pack(inode + 1),
+    )
+
+
+def unpack_session_key(key: bytes) -> tuple[int, int]:
+    """Return (inode, session)."""
+    inode, session = _TWO.unpack(key[1:])
+    return inode, session
+
+
+def xattr_key(inode: int, name: bytes) -> bytes:
+    """Key of an extended attribute."""
+    return _XATTR_PREFIX + _U64.pack(inode) + name
+
+
+def xattr_span(inode: int) -> Span:
+    """All extended attributes of a file."""
+    return Span(_XATTR_PREFIX + _U64.pack(inode), _XATTR_PREFIX + _U64.pack(inode + 1))
+
+
+def xattr_name(key: bytes) -> bytes:
+    """Return the name in an attribute's key."""
+    return key[9:]
+
+
+def deleted_key(inode: int) -> bytes:
+    """Key in the deletion queue."""
+    return _P[Prefix.DELETED] + _U64.pack(inode)
+
+
+def trim_key(inode: int) -> bytes:
+    """Key of an unfinished trim."""
+    return _P[Prefix.TRIM] + _U64.pack(inode)
+
+
+def unpack_inode_suffix(key: bytes) -> int:
+    """Return the inode of a deletion or trim key."""
+    inode: int = _U64.unpack(key[1:])[0]
+    return inode
+
+
+def reply_key(client: int, sequence: int) -> bytes:
+    """Key of a remembered reply."""
+    return _REPLY_PREFIX + _TWO.pack(client, sequence)
+
+
+def reply_age_key(time_ns: int, client: int, sequence: int) -> bytes:
+    """Key of a remembered reply in order of age."""
+    return _REPLY_AGE_PREFIX + _THREE.pack(time_ns, client, sequence)
+
+
+def reply_age_span(before_ns: int) -> Span:
+    """All replies remembered before a time."""
+    return Span(_REPLY_AGE_PREFIX, _REPLY_AGE_PREFIX + _U64.pack(before_ns))
+
+
+def unpack_reply_age_key(key: bytes) -> tuple[int, int, int]:
+    """Return (time_ns, client, sequence)."""
+    time_ns, client, sequence = _THREE.unpack(key[1:])
+    return time_ns, client, sequence
