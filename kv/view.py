@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from threading import Lock
 from weakref import WeakSet
 
-from sortedcontainers import SortedDict
-
 from emberfs.kv.store import Change, Range, Row, View
 
 
@@ -22,7 +20,7 @@ class StableView:
 
     def __init__(self, store: View) -> None:
         self._store = store
-        self._kept: SortedDict = SortedDict()
+        self._kept: dict[bytes, bytes | None] = {}
 
     def keep(self, key: bytes, value: bytes | None) -> None:
         """Remember a value that is about to be replaced; the first one is ours."""
@@ -58,8 +56,9 @@ class StableView:
         if len(self._kept) != before:  # a thread wrote meanwhile: the page may be too short
             return self.scan(start, stop, limit=limit, reverse=reverse)
         rows = dict(found)
-        for key in list(self._kept.irange(start, stop, inclusive=(True, False))):
-            value = self._kept[key]
+        for key, value in list(self._kept.items()):
+            if not start <= key < stop:
+                continue
             if value is None:
                 rows.pop(key, None)
             else:
