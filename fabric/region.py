@@ -4,8 +4,10 @@ A plain memoryview works everywhere as well; on the shm transport it is streamed
 instead of being mapped, so whoever wants the zero-copy path allocates a Region.
 """
 
+import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 
@@ -20,23 +22,35 @@ class Region:
         Region._count += 1
         self.id = Region._count  # unique in this process, never reused
         self.size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd = os.memfd_create(f"emberfs-{self.id}", os.MFD_CLOEXEC)
+        # After a call that the server did not confirm to have ended, it may still write here: the
+        # memory must not be used for anything else, only closed.
+        self.abandoned = False
+        # Called with the id when the region is closed; connections that registered it listen.
+        self.watchers: set[Callable[[int], None]] = set()
+        self.fd = os.memfd_create(f"emberfs-{self.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.size_bytes)
+        # A server maps it only when it cannot shrink: it would die of SIGBUS (memfd_create(2)).
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self._map = mmap.mmap(self.fd, self.size_bytes)
         self.view = memoryview(self._map)
 
     def slice(self, offset: int, length: int) -> "Slice":
         """Name a part of this region."""
-        assert 0 <= offset and 0 <= length and offset + length <= self.size_bytes
+        assert offset >= 0
+        assert length >= 0
+        assert offset + length <= self.size_bytes
         return Slice(self, offset, length)
 
     def close(self) -> None:
         """Give the descriptor back. The mapping lives on while someone holds a view of it."""
         if self.fd >= 0:
+            for watcher in list(self.watchers):
+                watcher(self.id)
+            self.watchers.clear()
             os.close(self.fd)
             self.fd = -1
-            self.view.release()
             try:
+                self.view.release()
                 self._map.close()
             except BufferError:  # a slice is still held: the last holder frees the mapping
                 pass
