@@ -20,7 +20,7 @@ class Prefix(bytes, Enum):
     ENTRY = b"D"  # + parent inode + name: a directory is one range
     SESSION = b"S"  # + inode + session: who has the file open
     XATTR = b"X"  # + inode + name
-    DELETED = b"G"  # + inode: waits for its chunks to be removed
+    DELETED = b"G"  # + time + inode: waits for its chunks to be removed
     TRIM = b"T"  # + inode: shrunk, chunks beyond the end are still to be cut
     REPLY = b"R"  # + client + sequence: the remembered reply of a mutating call
     REPLY_AGE = b"r"  # + time + client + sequence: the same in order of age
@@ -115,9 +115,9 @@ def xattr_name(key: bytes) -> bytes:
     return key[9:]
 
 
-def deleted_key(inode: int) -> bytes:
-    """Key in the deletion queue."""
-    return _P[Prefix.DELETED] + _U64.pack(inode)
+def deleted_key(time_ns: int, inode: int) -> bytes:
+    """Key in the deletion queue, oldest first."""
+    return _P[Prefix.DELETED] + _TWO.pack(time_ns, inode)
 
 
 def trim_key(inode: int) -> bytes:
@@ -127,7 +127,7 @@ def trim_key(inode: int) -> bytes:
 
 def unpack_inode_suffix(key: bytes) -> int:
     """Return the inode of a deletion or trim key."""
-    inode: int = _U64.unpack(key[1:])[0]
+    inode: int = _U64.unpack(key[-8:])[0]
     return inode
 
 

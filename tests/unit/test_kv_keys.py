@@ -31,7 +31,7 @@ def test_entry_span_holds_exactly_the_names_behind(a: int, b: int, x: bytes, y: 
 @given(IDS, IDS)
 def test_round_trips(a: int, b: int) -> None:
     assert keys.unpack_session_key(keys.session_key(a, b)) == (a, b)
-    assert keys.unpack_inode_suffix(keys.deleted_key(a)) == a
+    assert keys.unpack_inode_suffix(keys.deleted_key(b, a)) == a
     assert keys.unpack_inode_suffix(keys.trim_key(a)) == a
     assert keys.unpack_reply_age_key(keys.reply_age_key(a, b, 7)) == (a, b, 7)
     assert keys.xattr_name(keys.xattr_key(a, b"user.x")) == b"user.x"

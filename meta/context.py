@@ -1,0 +1,68 @@
+"""What every metadata handler works with."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from emberfs.kv.transaction import Engine
+from emberfs.meta.collect import Collector
+from emberfs.meta.inode_ids import InodeIds
+from emberfs.meta.replies import Replies
+from emberfs.meta.trims import Chunks, Trims
+from emberfs.proto.cluster import RoutingSnapshot
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import Layout
+from emberfs.proto.ids import CHUNK_BYTES_DEFAULT, ChainId, InodeId
+from emberfs.runtime.env import Env
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """How new files are laid out."""
+
+    chunk_bytes: int = CHUNK_BYTES_DEFAULT
+    stripe: int = 16  # chains of one file, at most
+
+
+class Context:
+    """The parts of one metadata server that its handlers share."""
+
+    def __init__(
+        self,
+        env: Env,
+        engine: Engine,
+        chunks: Chunks,
+        routing: Callable[[], RoutingSnapshot],
+        policy: Policy,
+    ) -> None:
+        self.env = env
+        self.engine = engine
+        self.routing = routing
+        self.policy = policy
+        self.ids = InodeIds(engine)
+        self.replies = Replies(env, engine)
+        self.trims = Trims(env, engine, chunks)
+        self.collector = Collector(env, engine, chunks, self.trims)
+        self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())
+
+    def new_layout(self, inode: InodeId) -> Layout:
+        """Where a new file's chunks go: the chains that serve now, begun at another one per file.
+
+        Raises NOT_SERVING when there is none.
+        """
+        chains = self._serving_chains()
+        first = inode % len(chains)
+        rotated = chains[first:] + chains[:first]
+        return Layout(self.policy.chunk_bytes, rotated[: self.policy.stripe])
+
+    def _serving_chains(self) -> tuple[ChainId, ...]:
+        snapshot = self.routing()
+        if self._serving[0] is not snapshot:
+            chains = sorted(c.id for c in snapshot.chains.values() if c.head() is not None)
+            self._serving = (snapshot, tuple(chains))
+        if not self._serving[1]:
+            raise EmberfsError(
+                Code.NOT_SERVING,
+                f"no chain is serving: {len(snapshot.chains)} chains known in routing version "
+                f"{snapshot.version}; start the storage services",
+            )
+        return self._serving[1]

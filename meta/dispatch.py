@@ -1,0 +1,67 @@
+"""One table from method to handler, and what surrounds every call: decode, measure, encode."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from emberfs.fabric.call import Handler, ServerCall
+from emberfs.meta import files, namespace, rename, resolve, space, xattr
+from emberfs.meta.context import Context
+from emberfs.meta.metrics import ERRORS, SECONDS
+from emberfs.proto import meta_calls
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.method import Method
+
+log = logging.getLogger("emberfs.meta.dispatch")
+
+
+class Binding(NamedTuple):
+    """A method and the function that answers it."""
+
+    method: Method[Any, Any]
+    handle: Callable[[Context, Any], Awaitable[Any]]
+
+
+BINDINGS: tuple[Binding, ...] = (
+    Binding(meta_calls.LOOKUP, resolve.lookup),
+    Binding(meta_calls.RESOLVE, resolve.resolve),
+    Binding(meta_calls.GETATTR, namespace.getattr_),
+    Binding(meta_calls.SETATTR, files.setattr_),
+    Binding(meta_calls.CREATE, files.create),
+    Binding(meta_calls.MKNOD, namespace.mknod),
+    Binding(meta_calls.SYMLINK, namespace.symlink),
+    Binding(meta_calls.LINK, namespace.link),
+    Binding(meta_calls.REMOVE, namespace.remove),
+    Binding(meta_calls.RENAME, rename.rename),
+    Binding(meta_calls.OPEN, files.open_),
+    Binding(meta_calls.SETTLE, files.settle),
+    Binding(meta_calls.READDIR, namespace.readdir),
+    Binding(meta_calls.XATTR, xattr.xattr),
+    Binding(meta_calls.SET_XATTR, xattr.set_xattr),
+    Binding(meta_calls.STATFS, space.statfs),
+    Binding(meta_calls.STABLE, space.stable),
+)
+
+
+def handlers(context: Context) -> dict[int, Handler]:
+    """Return the handlers for a fabric server, by method number."""
+    return {binding.method.number: _handler(context, binding) for binding in BINDINGS}
+
+
+def _handler(context: Context, binding: Binding) -> Handler:
+    method, handle = binding
+    seconds = SECONDS.labels(method.name)
+    now_ns = context.env.now_ns
+
+    async def answer(call: ServerCall) -> bytes:
+        started_ns = now_ns()
+        try:
+            return method.encode_answer(await handle(context, method.decode_request(call.body)))
+        except EmberfsError as problem:
+            ERRORS.labels(method.name, problem.code.name).inc()
+            log.debug("%s from %s: %s", method.name, call.peer, problem)
+            raise
+        finally:
+            seconds.observe((now_ns() - started_ns) / 1e9)
+
+    return answer

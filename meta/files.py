@@ -1,0 +1,252 @@
+"""Regular files: create, open, settle lengths, change attributes, truncate.
+
+A file's length is settled by its writers (SettleRequest) and cut by setattr. Shrinking raises
+`truncate_version`, so that a length hint from before is recognised and ignored.
+"""
+
+import stat
+
+from msgspec.structs import replace
+
+from emberfs.kv import keys
+from emberfs.kv.transaction import Transaction
+from emberfs.meta import schema
+from emberfs.meta.attributes import after_write, is_privileged, with_attributes
+from emberfs.meta.context import Context
+from emberfs.meta.namespace import add_name, check_new_name, new_inode
+from emberfs.meta.permission import EXECUTE, READ, WRITE, require
+from emberfs.meta.tree import (
+    destroy,
+    find_entry,
+    has_sessions,
+    load_directory,
+    load_inode,
+    store_inode,
+)
+from emberfs.meta.trims import shrink
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import FILE_BYTES_MAX, Inode
+from emberfs.proto.ids import CHUNKS_PER_FILE_MAX, InodeId, SessionId
+from emberfs.proto.meta_calls import (
+    CREATE,
+    OPEN,
+    SETATTR,
+    SETTLE,
+    Caller,
+    CreateRequest,
+    InodeAnswer,
+    OpenRequest,
+    SetattrRequest,
+    SettleRequest,
+)
+
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+
+
+async def create(context: Context, request: CreateRequest) -> InodeAnswer:
+    """Create, open or create-and-open in one transaction."""
+    check_new_name(request.name)
+    taken = await context.ids.take()
+
+    async def work(txn: Transaction) -> InodeAnswer:
+        parent = await load_directory(txn, request.parent, request.caller, EXECUTE)
+        entry = await find_entry(txn, parent.id, request.name)
+        if entry is not None:
+            inode = await _open_existing(txn, context, request, entry.inode)
+        else:
+            require(parent, request.caller, WRITE)
+            mode = stat.S_IFREG | stat.S_IMODE(request.mode)
+            inode = new_inode(context, taken, parent, request.caller, mode)
+            await add_name(txn, context, parent, request.name, inode)
+        _add_session(
+            txn, inode.id, request.session, request.request.client, request.caller, request.write
+        )
+        return InodeAnswer(inode)
+
+    answer = await context.replies.run(CREATE, request.request, work)
+    await _finish_trim(context, answer.inode.id, recorded=request.truncate)
+    return answer
+
+
+async def _open_existing(
+    txn: Transaction, context: Context, request: CreateRequest, inode_id: InodeId
+) -> Inode:
+    if request.exclusive:
+        raise EmberfsError(Code.EXISTS, f"{request.name!r} exists")
+    inode = await load_inode(txn, inode_id)
+    _check_openable(inode)
+    require(inode, request.caller, WRITE if request.write or request.truncate else READ)
+    if request.truncate:
+        inode = await _set_length(txn, context, inode, 0, request.caller)
+        store_inode(txn, inode)
+    return inode
+
+
+def _check_openable(inode: Inode) -> None:
+    if inode.is_directory():
+        raise EmberfsError(Code.IS_DIRECTORY, f"inode {inode.id} is a directory")
+    if inode.is_symlink():
+        raise EmberfsError(Code.LOOP, f"inode {inode.id} is a symbolic link: resolve it first")
+    if not inode.is_file():
+        raise EmberfsError(Code.UNSUPPORTED, f"inode {inode.id} is not a regular file")
+
+
+def _add_session(
+    txn: Transaction,
+    inode: InodeId,
+    session: SessionId,
+    client: int,
+    caller: Caller,
+    write: bool,
+) -> None:
+    if session:
+        record = schema.Session(client, write, is_privileged(caller))
+        txn.set(keys.session_key(inode, session), schema.SESSION.encode(record))
+
+
+async def _finish_trim(context: Context, inode: InodeId, *, recorded: bool) -> None:
+    """Wait until no chunk beyond the end is left; `recorded` if this call may have shrunk it."""
+    if recorded:
+        await context.trims.perform(inode)
+    else:
+        await context.trims.finish(inode)
+
+
+async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
+    """Check permission and record the session; read sessions too, so that unlink keeps the data."""
+    want = (READ if request.read else 0) | (WRITE if request.write or request.truncate else 0)
+    await context.trims.finish(request.inode)
+
+    async def work(txn: Transaction) -> InodeAnswer:
+        inode = await load_inode(txn, request.inode)
+        _check_openable(inode)
+        require(inode, request.caller, want)
+        if request.truncate:
+            inode = await _set_length(txn, context, inode, 0, request.caller)
+            store_inode(txn, inode)
+        _add_session(
+            txn, inode.id, request.session, request.request.client, request.caller, request.write
+        )
+        return InodeAnswer(inode)
+
+    answer = await context.replies.run(OPEN, request.request, work)
+    await _finish_trim(context, request.inode, recorded=request.truncate)
+    return answer
+
+
+# ---------------------------------------------------------------- length
+
+
+def check_length(inode: Inode, length: int) -> None:
+    """Refuse lengths that no file can have: INVALID, FILE_TOO_LARGE."""
+    if length < 0:
+        raise EmberfsError(Code.INVALID, f"a length of {length} bytes")
+    assert inode.layout is not None
+    limit = min(FILE_BYTES_MAX, inode.layout.chunk_bytes * CHUNKS_PER_FILE_MAX)
+    if length > limit:
+        raise EmberfsError(Code.FILE_TOO_LARGE, f"{length} bytes; a file holds at most {limit}")
+
+
+async def _set_length(
+    txn: Transaction, context: Context, inode: Inode, length: int, caller: Caller
+) -> Inode:
+    """Return the inode with a new length; what shrinks is recorded to be cut."""
+    check_length(inode, length)
+    version = inode.truncate_version
+    if length < inode.length:
+        await shrink(txn, inode, length)
+        version += 1
+    written = after_write(
+        inode, privileged=is_privileged(caller), now_ns=context.env.wall_ns(), mtime_ns=None
+    )
+    return replace(written, length=length, truncate_version=version)
+
+
+async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
+    """Change attributes; a new length cuts the chunks before the answer."""
+    if request.length is not None:
+        await context.trims.finish(request.inode)
+
+    async def work(txn: Transaction) -> InodeAnswer:
+        inode = await load_inode(txn, request.inode)
+        changed = inode
+        if request.length is not None:
+            await _check_truncate(txn, inode, request)
+            changed = await _set_length(txn, context, inode, request.length, request.caller)
+        changed = with_attributes(changed, request, context.env.wall_ns())
+        store_inode(txn, changed)
+        return InodeAnswer(changed)
+
+    answer = await context.replies.run(SETATTR, request.request, work)
+    await _finish_trim(context, request.inode, recorded=request.length is not None)
+    return answer
+
+
+async def _check_truncate(txn: Transaction, inode: Inode, request: SetattrRequest) -> None:
+    if inode.is_directory():
+        raise EmberfsError(Code.IS_DIRECTORY, f"inode {inode.id} is a directory")
+    if not inode.is_file():
+        raise EmberfsError(Code.INVALID, f"inode {inode.id} is not a regular file")
+    if request.session:  # ftruncate: permission was checked when the file was opened
+        session = await _find_session(txn, inode.id, request.session)
+        if session is not None and session.write:
+            return
+    require(inode, request.caller, WRITE)
+
+
+async def _find_session(
+    txn: Transaction, inode: InodeId, session: SessionId
+) -> schema.Session | None:
+    value = await txn.get(keys.session_key(inode, session))
+    return None if value is None else schema.SESSION.decode(value)
+
+
+# ---------------------------------------------------------------- settle
+
+
+async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
+    """Take over a writer's length and times; end its session; make it durable."""
+    await context.trims.finish(request.inode)
+
+    async def work(txn: Transaction) -> InodeAnswer:
+        inode = await load_inode(txn, request.inode)
+        changed = await _settled(txn, context, inode, request)
+        if request.close:
+            txn.clear(keys.session_key(inode.id, request.session))
+            if inode.nlink == 0 and not await has_sessions(txn, inode.id):
+                await destroy(txn, changed, context.env.wall_ns())
+                return InodeAnswer(changed)
+        if changed is not inode:
+            store_inode(txn, changed)
+        return InodeAnswer(changed)
+
+    answer = await context.replies.run(SETTLE, request.request, work, durable=request.durable)
+    if answer.inode.nlink == 0:
+        context.collector.wake()
+    return answer
+
+
+async def _settled(
+    txn: Transaction, context: Context, inode: Inode, request: SettleRequest
+) -> Inode:
+    grown = inode.length
+    if request.length is not None and inode.is_file():
+        check_length(inode, request.length)
+        if request.truncate_version == inode.truncate_version:
+            grown = max(inode.length, request.length)
+    changed = inode
+    if grown != inode.length or request.mtime_ns is not None:
+        privileged = True
+        if inode.mode & _SET_ID:
+            session = await _find_session(txn, inode.id, request.session)
+            privileged = session is not None and session.privileged
+        changed = after_write(
+            inode,
+            privileged=privileged,
+            now_ns=context.env.wall_ns(),
+            mtime_ns=request.mtime_ns,
+        )
+        changed = replace(changed, length=grown)
+    if request.atime_ns is not None:
+        changed = replace(changed, atime_ns=request.atime_ns)
+    return changed

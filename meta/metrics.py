@@ -1,0 +1,16 @@
+"""What the metadata service counts."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+SECONDS = Histogram(
+    "emberfs_meta_operation_seconds",
+    "Time to answer a metadata call",
+    ["method"],
+    buckets=(5e-5, 1e-4, 2.5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 1, 10),
+)
+ERRORS = Counter("emberfs_meta_errors_total", "Failed metadata calls", ["method", "code"])
+CONFLICTS = Gauge("emberfs_meta_transaction_conflicts", "Transactions that had to be repeated")
+TRIMS_PENDING = Gauge("emberfs_meta_trims_pending", "Shrunk files whose chunks are not cut yet")
+DELETED_WAITING = Gauge("emberfs_meta_deleted_waiting", "Deleted files that failed to be collected")
+DELETED = Counter("emberfs_meta_deleted_total", "Deleted files whose chunks were removed")
+SESSIONS_ENDED = Counter("emberfs_meta_sessions_ended_total", "Sessions of vanished clients ended")

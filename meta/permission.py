@@ -1,0 +1,98 @@
+"""Who may do what: classic UNIX mode bits, supplementary groups, sticky directories.
+
+Follows path_resolution(7), chmod(2), chown(2), inode(7) as Linux implements them. uid 0 passes
+everything except executing what nobody may execute.
+"""
+
+import stat
+
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import NAME_BYTES_MAX, Inode
+from emberfs.proto.meta_calls import Caller
+
+READ = 4
+WRITE = 2
+EXECUTE = 1
+
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+
+
+def allows(inode: Inode, caller: Caller, want: int) -> bool:
+    """Tell whether the mode bits grant all of `want`."""
+    mode = inode.mode
+    if caller.uid == 0:
+        return not (want & EXECUTE) or inode.is_directory() or bool(mode & 0o111)
+    if caller.uid == inode.uid:
+        mode >>= 6
+    elif in_group(caller, inode.gid):
+        mode >>= 3
+    return mode & want == want
+
+
+def in_group(caller: Caller, gid: int) -> bool:
+    """Tell whether the caller is a member."""
+    return gid == caller.gid or gid in caller.groups
+
+
+def require(inode: Inode, caller: Caller, want: int) -> None:
+    """Raise ACCESS unless the mode bits grant all of `want`."""
+    if not allows(inode, caller, want):
+        raise EmberfsError(
+            Code.ACCESS, f"uid {caller.uid} may not: inode {inode.id} has mode {inode.mode:o}"
+        )
+
+
+def require_owner(inode: Inode, caller: Caller) -> None:
+    """Raise NOT_PERMITTED unless the caller owns the file or is uid 0."""
+    if caller.uid not in (0, inode.uid):
+        raise EmberfsError(
+            Code.NOT_PERMITTED, f"uid {caller.uid} does not own inode {inode.id} (uid {inode.uid})"
+        )
+
+
+def require_removable(directory: Inode, victim: Inode, caller: Caller) -> None:
+    """The right to take a name out of a directory: write permission, and the sticky bit's rule."""
+    require(directory, caller, WRITE | EXECUTE)
+    if directory.mode & stat.S_ISVTX and caller.uid not in (0, directory.uid, victim.uid):
+        raise EmberfsError(
+            Code.NOT_PERMITTED, f"directory {directory.id} is sticky; only owners may remove here"
+        )
+
+
+def check_name(name: bytes) -> None:
+    """Refuse what cannot be a name: NOT_FOUND if empty, NAME_TOO_LONG, INVALID."""
+    if len(name) > NAME_BYTES_MAX:
+        raise EmberfsError(
+            Code.NAME_TOO_LONG, f"a name of {len(name)} bytes; the limit is {NAME_BYTES_MAX}"
+        )
+    if not name:
+        raise EmberfsError(Code.NOT_FOUND, "an empty name")
+    if b"/" in name or b"\0" in name:
+        raise EmberfsError(Code.INVALID, f"a name cannot hold a slash or a zero byte: {name!r}")
+
+
+def without_set_id(mode: int) -> int:
+    """Mode after an unprivileged write or a change of owner of a non-directory.
+
+    set-group-ID without group execution is not a privilege (it once meant mandatory locking).
+    """
+    mode &= ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        mode &= ~stat.S_ISGID
+    return mode
+
+
+def created_owner(parent: Inode, caller: Caller, mode: int) -> tuple[int, int]:
+    """Return (gid, mode) of a new file: a set-group-ID directory hands its group down."""
+    if not parent.mode & stat.S_ISGID:
+        return caller.gid, mode
+    if stat.S_ISDIR(mode):
+        mode |= stat.S_ISGID
+    elif mode & stat.S_IXGRP and caller.uid != 0 and not in_group(caller, parent.gid):
+        mode &= ~stat.S_ISGID
+    return parent.gid, mode
+
+
+def only_drops_set_id(old: int, new: int) -> bool:
+    """Tell the mode change that the kernel asks for when an unprivileged user writes."""
+    return (old ^ new) & ~_SET_ID == 0 and new & ~old == 0

@@ -1,0 +1,101 @@
+"""Ending the sessions of clients that are gone, so that unlinked files do not stay for ever.
+
+A client counts as gone when routing has not shown it alive for the grace time without a break,
+counted from this server's own start too: what was before nobody here can know.
+"""
+
+import logging
+from collections.abc import Callable
+
+from emberfs.kv import keys
+from emberfs.kv.transaction import Engine, Transaction
+from emberfs.meta import schema
+from emberfs.meta.collect import Collector
+from emberfs.meta.metrics import SESSIONS_ENDED
+from emberfs.meta.tree import destroy, find_inode, has_sessions
+from emberfs.proto.cluster import NodeKind, RoutingSnapshot
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.ids import SECOND, InodeId
+from emberfs.runtime.env import Env
+
+log = logging.getLogger("emberfs.meta.sessions")
+
+BATCH_ROWS = 256
+
+
+class SessionSweeper:
+    """Finds sessions without a client and ends them."""
+
+    def __init__(
+        self,
+        env: Env,
+        engine: Engine,
+        collector: Collector,
+        routing: Callable[[], RoutingSnapshot],
+        grace_ns: int = 30 * SECOND,
+    ) -> None:
+        self._env = env
+        self._engine = engine
+        self._collector = collector
+        self._routing = routing
+        self._grace_ns = grace_ns
+        self._absent_since_ns: dict[int, int] = {}  # by client
+
+    async def live(self) -> None:
+        """Sweep for ever."""
+        while True:
+            try:
+                await self.sweep()
+            except EmberfsError as problem:
+                log.warning("looking for dead sessions: %s", problem)
+            await self._env.sleep_ns(max(self._grace_ns // 6, SECOND // 10))
+
+    async def sweep(self) -> int:
+        """Look at every session once; returns how many were ended."""
+        snapshot = self._routing()
+        if snapshot.version == 0:  # nothing known yet
+            return 0
+        alive = {n.client for n in snapshot.nodes_of(NodeKind.CLIENT) if n.alive}
+        seen: set[int] = set()
+        ended = 0
+        start, stop = keys.span_of(keys.Prefix.SESSION.value)
+        while start < stop:
+            rows = await self._rows(start, stop)
+            for key, value in rows:
+                client = schema.SESSION.decode(value).client
+                if client not in alive:
+                    seen.add(client)
+                    if self._is_gone(client):
+                        await self._end(key)
+                        ended += 1
+            start = rows[-1][0] + b"\0" if len(rows) == BATCH_ROWS else stop
+            await self._env.sleep_ns(0)  # let callers in between
+        self._absent_since_ns = {
+            client: since for client, since in self._absent_since_ns.items() if client in seen
+        }
+        if ended:
+            SESSIONS_ENDED.inc(ended)
+            self._collector.wake()
+        return ended
+
+    def _is_gone(self, client: int) -> bool:
+        now_ns = self._env.now_ns()
+        return now_ns - self._absent_since_ns.setdefault(client, now_ns) > self._grace_ns
+
+    async def _rows(self, start: bytes, stop: bytes) -> list[tuple[bytes, bytes]]:
+        async def scan(txn: Transaction) -> list[tuple[bytes, bytes]]:
+            return await txn.get_range(start, stop, limit=BATCH_ROWS)
+
+        return await self._engine.run(scan, read_only=True)
+
+    async def _end(self, key: bytes) -> None:
+        inode_id, session = keys.unpack_session_key(key)
+
+        async def work(txn: Transaction) -> None:
+            txn.clear(key)
+            inode = await find_inode(txn, InodeId(inode_id))
+            if inode is not None and inode.nlink == 0 and not await has_sessions(txn, inode.id):
+                await destroy(txn, inode, self._env.wall_ns())
+
+        await self._engine.run(work)
+        log.info("session %d on inode %d ended: its client is gone", session, inode_id)
