@@ -74,6 +74,7 @@ class _Member:
     node: Node
     heard_ns: int
     registered_ns: int
+    heard: bool = True  # by this mgmtd; False for a loaded node until it shows itself
     settled: bool = False  # a lease has passed since: unreported targets do not exist
     superseded: tuple[int, ...] = ()  # incarnations that a newer process has replaced
 
@@ -142,7 +143,8 @@ class Membership:
     def _load(self, event: Loaded, now_ns: int, outcome: _Outcome) -> None:
         assert not self._reserved, "loaded twice"
         for node in event.nodes:
-            self._members[node.id] = _Member(node, now_ns, now_ns, settled=not node.alive)
+            settled = not node.alive
+            self._members[node.id] = _Member(node, now_ns, now_ns, heard=False, settled=settled)
         for chain in event.chains:
             self._adopt(chain, now_ns)
         self._version = self._reserved = event.reserved
@@ -221,7 +223,10 @@ class Membership:
                 f"node id {node.id} was taken over by a newer process on {known.host}; stop one of "
                 'the two or give this one another "node"'
             )
-        if known.alive and known.incarnation != node.incarnation and known.host != node.host:
+        # After a power cut of everything hosts may have new names: who has not shown itself since
+        # this mgmtd started has no claim.
+        elsewhere = known.incarnation != node.incarnation and known.host != node.host
+        if known.alive and member.heard and elsewhere:
             return (
                 f"node id {node.id} is in use by a live process on {known.host}; choose another "
                 '"node", or wait until its lease has expired'
@@ -261,7 +266,7 @@ class Membership:
     def _hear(
         self, member: _Member, reports: tuple[TargetReport, ...], now_ns: int, outcome: _Outcome
     ) -> None:
-        member.heard_ns = now_ns
+        member.heard_ns, member.heard = now_ns, True
         if member.node.kind != NodeKind.STORAGE:
             return
         named = {report.target for report in reports}

@@ -1,6 +1,8 @@
 """The management service on gRPC: messages in, events to the manager, answers out."""
 
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NoReturn, TypeVar
 
@@ -133,16 +135,23 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
     if not separator or not host or not port.isdigit() or int(port) > 65535:
         raise EmberfsError(Code.CONFIG, f'listen = "{address}": write it as "127.0.0.1:9000"')
     try:
+        _probe(host.strip("[]"), int(port))
         bound = server.add_insecure_port(address)
-    except RuntimeError:
-        bound = 0
-    if not bound:
+    except (OSError, RuntimeError) as problem:
+        number = getattr(problem, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else str(problem)
         raise EmberfsError(
             Code.CONFIG,
-            f"cannot listen on {address}: another process uses the port, or the address is not one "
-            'of this host; stop that process or set another "listen"',
-        )
+            f"cannot listen on {address}: {reason}; stop the process that uses the port or set "
+            'another "listen"',
+        ) from None
     return f"{host}:{bound}"
+
+
+def _probe(host: str, port: int) -> None:
+    """Bind once by hand: gRPC prints its own lines about a failure, and hides the reason."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()
 
 
 class _Servicer(MgmtdServicer):

@@ -212,6 +212,15 @@ def test_other_host_must_wait_for_the_lease() -> None:
     assert world.states() == [(2, S), (3, S), (1, Y)]
 
 
+def test_after_a_power_cut_hosts_may_have_new_names() -> None:
+    again = three().restarted()
+    assert isinstance(again.register(storage(1, 9, "renamed"), report(101, ON)), Answer)
+    assert again.states() == [(1, S), (2, S), (3, S)]
+    again.beat(2, report(201))
+    refused = again.register(storage(2, 9, "elsewhere"), report(201))
+    assert isinstance(refused, Refused), "but who has been heard is alive"
+
+
 def test_total_outage_any_replica_returns_first() -> None:
     for first in (1, 2, 3):
         world = three()

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from emberfs.client.control import Control
+from emberfs.client.routing import Routing
 from emberfs.kv.memory import MemoryStore
 from emberfs.kv.rocks import RocksStore
 from emberfs.mgmtd.events import Loaded, Persist
@@ -32,7 +35,7 @@ from emberfs.proto.cluster import (
     TargetReport,
 )
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import ChainId, ChainVersion, NodeId, RoutingVersion, TargetId
+from emberfs.proto.ids import MS, SECOND, ChainId, ChainVersion, NodeId, RoutingVersion, TargetId
 from emberfs.runtime.real import RealEnv
 
 S = PublicState.SERVING
@@ -200,6 +203,42 @@ def test_restart_keeps_chains_and_versions_rise(tmp_path: Path) -> None:
     run(story)
 
 
+def test_killed_process_comes_back_with_its_chains(tmp_path: Path) -> None:
+    """SIGKILL right after an answer; the watcher sees rising versions and no lost chain."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    file = tmp_path / "mgmtd.toml"
+    file.write_text(f'cluster = "c"\nlisten = "{address}"\ndata = "{tmp_path}/data"\nnode = 900\n')
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "emberfs.mgmtd.server", "--config", str(file)]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    async def story() -> None:
+        process = start()
+        control = Control((address,), "c")
+        routing = Routing(RealEnv(), control)
+        try:
+            await routing.start(10 * SECOND)
+            await make_chain(control)
+            process.kill()
+            process.wait()
+            await routing.wait_newer(routing.snapshot.version, 100 * MS)
+            before = routing.snapshot
+            assert states(before) == [(1, "SERVING"), (2, "SERVING")]
+            process = start()
+            assert await routing.wait_newer(before.version, 8 * SECOND)
+            assert routing.snapshot.chains == before.chains
+            await beat(control, 1, 2)  # needs no new registration
+        finally:
+            await routing.close()
+            await control.close()
+            process.kill()
+            process.wait()
+
+    run(story)
+
+
 def test_wrong_cluster(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(config(tmp_path)) as server, connected(server, "other") as control:
@@ -219,7 +258,7 @@ def test_wrong_cluster(tmp_path: Path) -> None:
 def test_port_in_use(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(config(tmp_path / "a")) as server:
-            with pytest.raises(EmberfsError, match="another process uses the port"):
+            with pytest.raises(EmberfsError, match="Address already in use; stop"):
                 async with running(config(tmp_path / "b", listen=server.address)):
                     pass
         with socket.create_server(("127.0.0.1", 0)) as taken:
