@@ -24,7 +24,7 @@ from emberfs.fabric.call import Peer, ServerCall
 from emberfs.fabric.pool import PeerPool
 from emberfs.fabric.region import Region
 from emberfs.fabric.server import Server
-from emberfs.proto.ids import KiB, MiB, SECOND
+from emberfs.proto.ids import SECOND, KiB, MiB
 from emberfs.runtime.real import RealEnv
 
 EMPTY, READ = 1, 2

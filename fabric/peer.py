@@ -33,7 +33,9 @@ from emberfs.runtime.env import Env
 log = logging.getLogger("emberfs.fabric.peer")
 
 INFLIGHT_CALLS_MAX = 512
-INFLIGHT_BYTES_MAX = 128 * MiB  # streamed payload of both directions; one call may exceed it alone
+# What calls in flight occupy at the server; one call may exceed it alone. Below what makes a server
+# stop reading, where a CANCEL would not be heard.
+INFLIGHT_BYTES_MAX = 96 * MiB
 QUEUED_BYTES_MAX = 256 * MiB  # unsent, given-up payload included
 GRACE_NS = 1 * SECOND
 STALL_NS = 1 * SECOND  # a connection that takes no byte for a call's whole timeout is dead
@@ -129,7 +131,7 @@ class StreamPeer:
         pulled = gather(sources, share)
         filled = gather(sinks, share, writable=True)
         frame.check_request(len(body), len(sources), pulled.length, len(sinks), filled.length)
-        cost = pulled.streamed + filled.streamed
+        cost = pulled.length + filled.streamed
         if self._waiting or not self._fits(cost):
             await self._admission(cost, deadline_ns, now_ns)
         else:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -146,7 +147,7 @@ class PeerPool:
                 except EmberfsError as problem:
                     refusal = str(problem)
                 except OSError as problem:
-                    refusal = problem.strerror or str(problem)
+                    refusal = os.strerror(problem.errno) if problem.errno else str(problem)
                 reasons.append(f"{scheme}: {refusal}")
         known = [e for e in entry.endpoints if e.partition("://")[0] in self._transports]
         if not known:

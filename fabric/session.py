@@ -33,7 +33,8 @@ log = logging.getLogger("emberfs.fabric.session")
 
 CALLS_MAX = 1024  # running, per connection
 OUTPUT_BYTES_MAX = 64 * MiB  # waiting for the kernel, per connection
-POOL_WAIT_NS = 2 * SECOND
+HELD_BYTES_MAX = 128 * MiB  # of the buffer pool, per connection; never more than half of it
+POOL_WAIT_NS = SECOND // 2  # below the caller's grace period: a CANCEL may stand behind it
 STALL_NS = 10 * SECOND  # a caller that takes no byte of its replies for so long is cut off
 HELLO_NS = 5 * SECOND
 STOP_NS = 10 * SECOND  # how long a cancelled handler may take to end
@@ -127,6 +128,8 @@ class Session:
         self._waits_for_pool = False
         self._throttled = False
         self._watches_output = False
+        self._held_bytes = 0  # buffers of calls and of replies not yet sent
+        self._held_bytes_max = min(HELD_BYTES_MAX, host.pool.limit_bytes // 2)
         self._ending: bytes | None = None  # last words, once the handlers have ended
         self._sweeper = Sweep(host.env, self._sweep)
         self._sent_before = 0
@@ -234,7 +237,7 @@ class Session:
             self._give_back(call)
             raise
         self._calls[call.request] = call
-        self._throttle()
+        self._held_bytes += call.source_bytes + call.streamed_sink_bytes
         if call.header.payload_bytes:
             self._receiving = call
             self._sweeper.arm(self._env.now_ns(), call.deadline_ns)
@@ -282,13 +285,17 @@ class Session:
         return self._regions.view(region, offset, length)
 
     def _give_back(self, call: Call) -> None:
-        pool = self._host.pool
-        if call.sources_buffer is not None:
-            pool.give(call.sources_buffer)
-            call.sources_buffer = None
-        if call.sinks_buffer is not None:
-            pool.give(call.sinks_buffer)
-            call.sinks_buffer = None
+        """Return the memory of a call that was never admitted or has ended."""
+        for buffer in (call.sources_buffer, call.sinks_buffer):
+            if buffer is not None:
+                self._host.pool.give(buffer)
+        call.sources_buffer = call.sinks_buffer = None
+
+    def _reply_sent(self, buffer: Slice) -> None:
+        self._held_bytes -= buffer.length
+        self._host.pool.give(buffer)
+        if self._throttled:
+            self._unthrottle()
 
     # ------------------------------------------------------------ waiting for memory
 
@@ -331,12 +338,17 @@ class Session:
             stream.provide(destinations or ())
         self._throttled = False
         stream.resume()
-        self._throttle()
+        if not self._receiving:
+            self._throttle()
 
     def _throttle(self) -> None:
         """Stop reading while this caller occupies too much."""
         assert self._stream is not None
-        if len(self._calls) >= CALLS_MAX or self._stream.queued_bytes >= OUTPUT_BYTES_MAX:
+        if (
+            len(self._calls) >= CALLS_MAX
+            or self._stream.queued_bytes >= OUTPUT_BYTES_MAX
+            or self._held_bytes >= self._held_bytes_max
+        ):
             self._throttled = True
             self._stream.pause()
             self._watch_output()
@@ -348,7 +360,7 @@ class Session:
             return
         if stream.queued_bytes >= OUTPUT_BYTES_MAX // 2:
             self._watch_output()
-        elif len(self._calls) < CALLS_MAX // 2:
+        elif len(self._calls) < CALLS_MAX // 2 and self._held_bytes <= self._held_bytes_max // 2:
             self._throttled = False
             stream.resume()
 
@@ -375,6 +387,7 @@ class Session:
         now_ns = call.deadline_ns - call.header.timeout_ms * MS
         self._sweeper.arm(now_ns, call.deadline_ns)
         call.task = self._loop.create_task(self._run(call))
+        self._throttle()  # not before: its own payload has to come in
 
     async def _run(self, call: Call) -> None:
         call.started = True
@@ -419,7 +432,8 @@ class Session:
                 stream.send_payload(views)
                 buffer, call.sinks_buffer = call.sinks_buffer, None
                 assert buffer is not None
-                stream.when_sent(partial(self._host.pool.give, buffer))
+                self._held_bytes += buffer.length  # `_finished` takes it off for the call
+                stream.when_sent(partial(self._reply_sent, buffer))
                 self._throttle()
         self._finished(call)
 
@@ -438,6 +452,7 @@ class Session:
 
     def _finished(self, call: Call) -> None:
         del self._calls[call.request]
+        self._held_bytes -= call.source_bytes + call.streamed_sink_bytes
         self._tally.calls += 1
         self._give_back(call)
         if self._throttled:
@@ -498,6 +513,7 @@ class Session:
         for call in list(self._calls.values()):
             if call.task is None:  # its payload never came
                 del self._calls[call.request]
+                self._held_bytes -= call.source_bytes + call.streamed_sink_bytes
                 self._give_back(call)
             else:
                 self._stop(call, problem)
