@@ -212,6 +212,29 @@ def test_other_host_must_wait_for_the_lease() -> None:
     assert world.states() == [(2, S), (3, S), (1, Y)]
 
 
+def test_longer_lease_of_before_is_honoured() -> None:
+    stored = msgspec.structs.replace(three().stored, lease_ns=20 * SECOND)
+    again = World(stored, 10**16)
+    again.run(19.5)
+    assert again.states() == [(1, S), (2, S), (3, S)], "they may still believe in 20 s"
+    again.run(1)
+    assert again.states() == [(1, L), (2, L), (3, L)]
+
+
+def test_new_incarnation_is_believed_when_it_has_lost_its_data() -> None:
+    world = three()
+    world.beat(2, report(201, OFF, 1))
+    world.register(storage(1, 2), report(101, OFF, 1))  # an older version, but nothing is better
+    assert world.states() == [(3, S), (2, O), (1, O)]
+
+
+def test_late_node_registers_with_the_same_words() -> None:
+    world = three()
+    world.run(6, 2, 3)
+    world.register(storage(1), report(101))
+    assert world.states() == [(2, S), (3, S), (1, Y)]
+
+
 def test_after_a_power_cut_hosts_may_have_new_names() -> None:
     again = three().restarted()
     assert isinstance(again.register(storage(1, 9, "renamed"), report(101, ON)), Answer)
