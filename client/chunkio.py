@@ -1,0 +1,141 @@
+"""Chunk I/O of files: offsets and layouts in, chunk reads and updates out.
+
+Reads go to any serving replica (chunkread.py), updates to the head of the chain (chunkwrite.py).
+A lost server is invisible here: reads move on, writes wait for the new chain, until `timeout_ns`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from emberfs.client.chunkread import ChunkReader, Job, jobs_of, part_of
+from emberfs.client.chunkwrite import ChunkWriter, Update
+from emberfs.client.gather import gather_all
+from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
+from emberfs.fabric.region import Buffer, length_of
+from emberfs.proto.files import Layout, Piece, pieces
+from emberfs.proto.ids import SECOND, ChainId, ChunkId, InodeId, pack_chunk_id
+from emberfs.proto.storage_calls import UpdateKind, file_chunk_range
+from emberfs.runtime.env import Env
+
+ReadRequest: TypeAlias = tuple[InodeId, Layout, int, Buffer]  # inode, layout, file offset, sink
+
+TIMEOUT_NS = 30 * SECOND
+LIST_ROWS = 256  # chunks removed per round and chain
+
+
+class ChunkIO:
+    """Reads and writes chunks of files on the storage chains. Raises EmberfsError."""
+
+    def __init__(self, env: Env, routing: RoutingView, peers: Peers, client_id: int) -> None:
+        self._nodes = NodeCalls(env, routing, peers)
+        self._reader = ChunkReader(env, routing, self._nodes)
+        self._writer = ChunkWriter(env, routing, self._nodes, client_id)
+
+    def close(self) -> None:
+        """Stop listening to routing."""
+        self._nodes.close()
+
+    async def read(
+        self,
+        inode: InodeId,
+        layout: Layout,
+        offset: int,
+        sink: Buffer,
+        *,
+        timeout_ns: int = TIMEOUT_NS,
+    ) -> None:
+        """Fill the whole sink from `offset` (bytes); holes and short chunks read as zeros.
+
+        A memoryview must be of bytes and contiguous. Raises TIMEOUT with the last cause.
+        """
+        await self._reader.read(jobs_of(inode, layout, offset, sink), timeout_ns)
+
+    async def read_many(
+        self, requests: Sequence[ReadRequest], *, timeout_ns: int = TIMEOUT_NS
+    ) -> None:
+        """Same for many ranges, also of different files, in few calls. Raises the first error."""
+        jobs: list[Job] = []
+        for inode, layout, offset, sink in requests:
+            jobs += jobs_of(inode, layout, offset, sink)
+        await self._reader.read(jobs, timeout_ns)
+
+    async def write(
+        self,
+        inode: InodeId,
+        layout: Layout,
+        offset: int,
+        data: Buffer,
+        *,
+        timeout_ns: int = TIMEOUT_NS,
+    ) -> None:
+        """Write at `offset` (bytes); on return every chain has committed.
+
+        `data` must not change before. On an error other pieces may have been written.
+        """
+        await gather_all(
+            [
+                self._writer.update(_write_of(piece, layout, data), timeout_ns)
+                for piece in pieces(inode, layout, offset, length_of(data))
+            ]
+        )
+
+    async def remove_chunks(
+        self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
+    ) -> None:
+        """Remove all chunks of a file from `first_index` on; `timeout_ns` bounds each call."""
+        await gather_all(
+            [
+                self._remove_on(chain, inode, layout, first_index, timeout_ns)
+                for chain in sorted(set(layout.chains))
+            ]
+        )
+
+    async def truncate_chunk(
+        self,
+        inode: InodeId,
+        layout: Layout,
+        index: int,
+        length: int,
+        timeout_ns: int = TIMEOUT_NS,
+    ) -> None:
+        """Cut one chunk to `length` bytes if it exists and is longer; never creates it."""
+        chain = layout.chains[index % len(layout.chains)]
+        chunk = pack_chunk_id(inode, index)
+        rows = await self._writer.rows(chain, chunk, chunk + b"\0", 1, timeout_ns)
+        # A pending version may be longer than what is committed; the update waits behind it.
+        if rows and (rows[0].length > length or rows[0].pending):
+            update = Update(chain, chunk, UpdateKind.TRUNCATE, 0, length, layout.chunk_bytes)
+            await self._writer.update(update, timeout_ns)
+
+    async def flush(self, chains: Iterable[ChainId], timeout_ns: int = TIMEOUT_NS) -> None:
+        """Everything committed on these chains is on stable storage of every replica on return."""
+        await self._writer.flush(sorted(set(chains)), timeout_ns)
+
+    async def _remove_on(
+        self, chain: ChainId, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
+    ) -> None:
+        start, stop = file_chunk_range(inode, first_index)
+        while rows := await self._writer.rows(chain, start, stop, LIST_ROWS, timeout_ns):
+            await gather_all(
+                [
+                    self._writer.update(_remove_of(row.chunk, chain, layout), timeout_ns)
+                    for row in rows
+                ]
+            )
+
+
+def _write_of(piece: Piece, layout: Layout, data: Buffer) -> Update:
+    source = part_of(data, piece.start, piece.length)
+    return Update(
+        piece.chain,
+        piece.chunk,
+        UpdateKind.WRITE,
+        piece.offset,
+        piece.length,
+        layout.chunk_bytes,
+        source,
+    )
+
+
+def _remove_of(chunk: ChunkId, chain: ChainId, layout: Layout) -> Update:
+    return Update(chain, chunk, UpdateKind.REMOVE, 0, 0, layout.chunk_bytes)

@@ -1,0 +1,95 @@
+"""One client's connection to a cluster: routing, peers, and the services' clients on top."""
+
+import logging
+from collections.abc import Sequence
+
+from emberfs.client.agent import Agent
+from emberfs.client.chunkio import ChunkIO
+from emberfs.client.control import Control
+from emberfs.client.metadata import Metadata
+from emberfs.client.openfile import OpenFiles
+from emberfs.client.routing import Routing
+from emberfs.fabric.pool import PeerPool
+from emberfs.proto.cluster import Node, NodeKind
+from emberfs.proto.ids import SECOND, ClientId, NodeId
+from emberfs.runtime.env import Env
+
+log = logging.getLogger("emberfs.client.cluster")
+
+
+class Cluster:
+    """Everything a client process needs, opened and closed together.
+
+    Parts: env, control, routing, peers, chunkio, metadata, files, client_id.
+    """
+
+    def __init__(
+        self, env: Env, control: Control, routing: Routing, client_id: ClientId, agent: Agent | None
+    ) -> None:
+        self.env = env
+        self.control = control
+        self.routing = routing
+        self.client_id = client_id
+        self.peers = PeerPool(env)
+        self.chunkio = ChunkIO(env, routing, self.peers, client_id)
+        self.metadata = Metadata(env, routing, self.peers, client_id)
+        self.files = OpenFiles(env, self.chunkio, self.metadata)
+        self._agent = agent
+
+    @classmethod
+    async def open(
+        cls,
+        env: Env,
+        mgmtd: Sequence[str],
+        cluster: str,
+        *,
+        register: bool = True,
+        host: str = "",
+        timeout_ns: int = 10 * SECOND,
+    ) -> "Cluster":
+        """Connect. Raises UNREACHABLE, WRONG_CLUSTER or TIMEOUT with what to do about it.
+
+        With `register` the process announces itself as a client and keeps a lease, so that its
+        open-file sessions live as long as it does. `mgmtd` are "ip:port" of the management service.
+        """
+        control = Control(mgmtd, cluster)
+        routing = Routing(env, control)
+        agent: Agent | None = None
+        try:
+            await routing.start(timeout_ns)
+            client_id = ClientId(env.random.getrandbits(63) | 1)
+            if register:
+                agent = Agent(env, control, _client_node(env, client_id, host))
+                await agent.start(timeout_ns)
+        except BaseException:
+            if agent is not None:
+                await agent.close()
+            await routing.close()
+            await control.close()
+            raise
+        return cls(env, control, routing, client_id, agent)
+
+    async def close(self) -> None:
+        """Push what is buffered, end every session, say goodbye."""
+        try:
+            await self.files.close()
+        finally:
+            self.metadata.close()
+            self.chunkio.close()
+            await self.peers.close()
+            if self._agent is not None:
+                await self._agent.close()
+            await self.routing.close()
+            await self.control.close()
+
+
+def _client_node(env: Env, client_id: ClientId, host: str) -> Node:
+    return Node(
+        id=NodeId(client_id & 0xFFFF_FFFF),
+        kind=NodeKind.CLIENT,
+        host=host or env.host_key,
+        endpoints=(),
+        incarnation=env.random.getrandbits(63) | 1,
+        alive=True,
+        client=client_id,
+    )

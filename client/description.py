@@ -1,0 +1,296 @@
+"""One open file description: reads, writes, close-to-open consistency.
+
+Promises: a read sees all earlier writes of this client; reads and writes of this client are atomic
+against each other; disjoint ranges proceed in parallel; flush (close) makes bytes and length
+visible to whoever opens afterwards; fsync makes them stable; a write error is told once to every
+description that was open when it happened. Order of locks: appending, a range, attributes.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from emberfs.client.chunkio import ChunkIO
+from emberfs.client.chunkread import part_of
+from emberfs.client.filestate import FileState
+from emberfs.client.metadata import Metadata
+from emberfs.client.readcache import ReadCache, ReadMemory
+from emberfs.fabric.region import Buffer, Slice, length_of, view_of
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import FILE_BYTES_MAX, Inode
+from emberfs.proto.ids import CHUNKS_PER_FILE_MAX, MS, InodeId, SessionId
+from emberfs.proto.meta_calls import Caller
+from emberfs.runtime.env import Env
+from emberfs.runtime.tasks import TaskSet
+
+# A read at the end of the file asks meta for the length when the last answer is older than this.
+LENGTH_AGE_NS = 200 * MS
+
+_EMPTY = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class FileServices:
+    """What every open file description of a client works with."""
+
+    env: Env
+    chunkio: ChunkIO
+    metadata: Metadata
+    read_memory: ReadMemory
+    tasks: TaskSet
+    durable_close: bool
+    forget: Callable[["OpenFile"], None]  # called when a description has ended
+
+
+class OpenFile:
+    """One open file description. Made by OpenFiles; raises EmberfsError."""
+
+    def __init__(
+        self,
+        services: FileServices,
+        state: FileState,
+        session: SessionId,
+        cache: ReadCache,
+        *,
+        readable: bool,
+        writable: bool,
+        direct: bool,
+    ) -> None:
+        self.inode_id: InodeId = state.id
+        self.session = session
+        self.readable = readable
+        self.writable = writable
+        self.direct = direct  # every read and write bypasses the buffers (O_DIRECT)
+        self.append_offset = 0  # where the last append went
+        self.closed = False
+        self._services = services
+        self._state = state
+        self._cache = cache
+        self._errors_seen = state.buffer.errors
+
+    @property
+    def state(self) -> FileState:
+        """What is shared with the other descriptions of this file."""
+        return self._state
+
+    @property
+    def length(self) -> int:
+        """Bytes in the file, as this client sees it now."""
+        return self._state.length
+
+    # ------------------------------------------------------------ reading
+
+    async def read(self, offset: int, length: int, *, direct: bool = False) -> memoryview:
+        """Bytes from `offset`; short only at the end of the file, empty at or beyond it.
+
+        The view is valid for as long as it, or a slice of it, is held.
+        """
+        length = await self._bound(offset, length)
+        if length <= 0:
+            return _EMPTY
+        direct = direct or self.direct
+        async with self._state.lock.hold(offset, offset + length, exclusive=False):
+            length = min(length, self._state.length - offset)  # a truncate may have come first
+            if length <= 0:
+                return _EMPTY
+            found = await self._from_memory(offset, length, direct=direct)
+            if found is not None:
+                return found
+            buffer, view = self._services.read_memory.lender.lend(length)
+            await self._services.chunkio.read(self.inode_id, self._state.layout, offset, buffer)
+            return view
+
+    async def read_into(self, offset: int, sink: Buffer, *, direct: bool = False) -> int:
+        """Fill the caller's buffer; returns the byte count, short at the end of the file.
+
+        A Slice of a Region is filled without a copy on every transport.
+        """
+        length = await self._bound(offset, length_of(sink))
+        if length <= 0:
+            return 0
+        direct = direct or self.direct
+        async with self._state.lock.hold(offset, offset + length, exclusive=False):
+            length = min(length, self._state.length - offset)
+            if length <= 0:
+                return 0
+            found = await self._from_memory(offset, length, direct=direct)
+            if found is not None:
+                view_of(sink)[:length] = found
+            else:
+                part = part_of(sink, 0, length)
+                await self._services.chunkio.read(self.inode_id, self._state.layout, offset, part)
+            return length
+
+    async def _bound(self, offset: int, length: int) -> int:
+        """How much of a range the file has; asks meta when that may have changed."""
+        if not self.readable:
+            raise EmberfsError(Code.BAD_HANDLE, "file is not open for reading")
+        if offset < 0:
+            raise EmberfsError(Code.INVALID, f"offset {offset} is negative")
+        state = self._state
+        if offset + length > state.length and length > 0:
+            now_ns = self._services.env.now_ns()
+            if now_ns - state.asked_ns > LENGTH_AGE_NS:
+                await state.refresh()
+        return min(length, state.length - offset)
+
+    async def _from_memory(self, offset: int, length: int, *, direct: bool) -> memoryview | None:
+        """The bytes if this process holds them all; else None, and storage has what it needs."""
+        state, stop = self._state, offset + length
+        pending = state.buffer.pending(offset, stop)
+        if pending:
+            last = pending[-1]
+            if len(pending) == 1 and last.start <= offset and stop <= last.stop:
+                at = offset - last.start
+                _, copy = self._services.read_memory.lender.lend(length)
+                copy[:] = view_of(last.buffer)[at : at + length]
+                return copy
+            await state.buffer.drain(offset, stop)
+        if direct:
+            return None
+        ahead = self._cache.plan(offset, length, state.length)
+        if ahead is not None and not state.buffer.pending(*ahead):
+            self._cache.prefetch(*ahead)
+        return await self._cache.get(offset, length) if self._cache else None
+
+    # ------------------------------------------------------------ writing
+
+    async def write(
+        self,
+        offset: int,
+        data: bytes | bytearray | Buffer,
+        *,
+        direct: bool = False,
+        append: bool = False,
+    ) -> int:
+        """Write all of `data`, whose memory may be reused on return; returns its length.
+
+        Buffered: the chunks follow in the background, their errors are raised later, once.
+        `direct`: returns when every chain has committed. `append`: goes to the end of the file,
+        `append_offset` tells where; atomic among the writers of this client.
+        """
+        self._check_write()
+        source = data if isinstance(data, Slice) else memoryview(data).cast("B")
+        if not append:
+            return await self._write_at(offset, source, direct=direct)
+        async with self._state.appending:
+            state = self._state
+            if not state.buffer and not state.unsettled:
+                await state.refresh()
+            self.append_offset = state.length
+            return await self._write_at(state.length, source, direct=direct)
+
+    async def _write_at(self, offset: int, source: Buffer, *, direct: bool) -> int:
+        length, state = length_of(source), self._state
+        stop = offset + length
+        if offset < 0:
+            raise EmberfsError(Code.INVALID, f"offset {offset} is negative")
+        if stop > min(FILE_BYTES_MAX, CHUNKS_PER_FILE_MAX * state.layout.chunk_bytes):
+            raise EmberfsError(Code.FILE_TOO_LARGE, f"a file cannot reach to {stop} bytes")
+        if not length:
+            return 0
+        async with state.lock.hold(offset, stop, exclusive=True):
+            state.invalidate(offset, stop)
+            if direct or self.direct:
+                await state.buffer.drain(offset, stop)
+                await self._services.chunkio.write(self.inode_id, state.layout, offset, source)
+                state.buffer.note_committed(offset, length)
+                state.invalidate(offset, stop)  # what a prefetch read in between
+            else:
+                await state.buffer.put(offset, view_of(source))
+            state.wrote(stop)
+        return length
+
+    async def truncate(self, length: int, caller: Caller) -> Inode:
+        """ftruncate(2): waits for writes under way, drops what is buffered beyond."""
+        self._check_write()
+        metadata, session = self._services.metadata, self.session
+
+        async def perform() -> Inode:
+            return await metadata.setattr(caller, self.inode_id, length=length, session=session)
+
+        return await self._state.cut(length, perform, drop=True)
+
+    def _check_write(self) -> None:
+        if not self.writable or self.closed:
+            raise EmberfsError(Code.BAD_HANDLE, "file is not open for writing")
+        self._raise_late_error()
+
+    def _raise_late_error(self) -> None:
+        """Tell this description once of background writes that were lost."""
+        buffer = self._state.buffer
+        if buffer.errors > self._errors_seen and buffer.last_error is not None:
+            self._errors_seen = buffer.errors
+            lost = buffer.last_error
+            raise EmberfsError(lost.code, f"an earlier write was lost: {lost.message}")
+
+    # ------------------------------------------------------------ settling
+
+    async def flush(self) -> None:
+        """close(2): everything is at storage, meta knows length and mtime, late errors are told.
+
+        With `durable_close` (the default of OpenFiles) it is on stable storage, too.
+        """
+        if not self.writable:
+            return
+        state = self._state
+        await state.buffer.drain()
+        if self._services.durable_close and (state.buffer.touched or state.unsettled):
+            await state.fsync(self.session, data_only=True)
+        if state.unsettled:
+            await state.settle(self.session)
+        self._raise_late_error()
+
+    async def fsync(self, data_only: bool = False) -> None:
+        """All writes of this client to the file so far are on stable storage at every replica.
+
+        `data_only` (fdatasync) leaves out times, not the length.
+        """
+        state = self._state
+        if state.write_sessions or state.buffer:
+            await state.fsync(self.session, data_only=data_only)
+        self._raise_late_error()
+
+    async def stat(self) -> Inode:
+        """Attributes, with this client's own length and mtime merged."""
+        return await self._state.refresh()
+
+    async def close(self) -> None:
+        """Flush and end the session (also when the flush raises). A second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        problem: EmberfsError | None = None
+        state, wrote = self._state, False
+        try:
+            if self.writable:
+                await state.buffer.drain()
+                wrote = bool(state.buffer.touched) or state.unsettled
+                if wrote and self._services.durable_close:
+                    await state.sync_data()
+        except EmberfsError as found:
+            problem = found
+        finally:
+            self._cache.invalidate(0, 1 << 63)
+            state.caches.discard(self._cache)
+            # Not cut short when the caller is cancelled: the session would stay for ever.
+            name = f"close inode {self.inode_id}"
+            ending = self._services.tasks.spawn(self._end(wrote), name=name)
+        problem = await asyncio.shield(ending) or problem
+        if problem is not None and wrote:
+            raise problem
+        self._raise_late_error()
+
+    async def _end(self, wrote: bool) -> EmberfsError | None:
+        """End the session at meta; returns the error, as nobody may be left to raise it to."""
+        try:
+            if wrote:
+                durable = self._services.durable_close
+                await self._state.settle(self.session, close=True, durable=durable)
+            else:
+                await self._services.metadata.settle(self.inode_id, self.session, close=True)
+        except EmberfsError as problem:
+            return problem
+        finally:
+            self._services.forget(self)
+        return None

@@ -1,0 +1,236 @@
+"""What this client knows of one open inode, shared by all its open descriptions.
+
+Length. `server_length` is what meta last said for `truncate_version`; `written_stop` is the highest
+end of this client's own writes since that version; the file is as long as the greater of the two.
+Meta learns our length by SETTLE, never more than what storage has committed without a gap, so that
+a reader elsewhere sees true bytes or a short read. Answers of meta may arrive in any order: of one
+truncate version the longest counts, of two versions the newer.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from emberfs.client.chunkio import ChunkIO
+from emberfs.client.metadata import Metadata
+from emberfs.client.rangelock import END, RangeLock
+from emberfs.client.readcache import ReadCache
+from emberfs.client.writebuffer import WriteBuffer
+from emberfs.proto.files import Inode, Layout
+from emberfs.proto.ids import InodeId, SessionId
+from emberfs.runtime.env import Env
+
+SETTLE_TRIES = 4  # each means that somebody truncated the file in between
+
+
+class FileState:
+    """One inode that is open in this client."""
+
+    def __init__(
+        self,
+        env: Env,
+        chunkio: ChunkIO,
+        metadata: Metadata,
+        inode: Inode,
+        layout: Layout,
+        buffer: WriteBuffer,
+    ) -> None:
+        self._env = env
+        self._chunkio = chunkio
+        self._metadata = metadata
+        self.id: InodeId = inode.id
+        self.layout = layout
+        self.buffer = buffer
+        self.lock = RangeLock()
+        self.appending = asyncio.Lock()
+        self.attributes = asyncio.Lock()  # settlements and explicit changes of times, in order
+        self.references = 0
+        self.caches: set[ReadCache] = set()
+        self.write_sessions: set[SessionId] = set()
+        self.server_length = inode.length
+        self.truncate_version = inode.truncate_version
+        self.asked_ns = env.now_ns()  # when meta last told the length
+        self.settled_ns = env.now_ns()
+        self.written_stop = 0
+        self.mtime_ns: int | None = None  # of own writes that meta does not know of
+        self._unsettled_stop = 0  # end of own writes since the last settlement began
+        self._durable_length = -1  # what a durable settlement has confirmed
+        buffer.on_error = self._on_write_error
+
+    @property
+    def length(self) -> int:
+        """Bytes in the file, as this client sees it."""
+        return max(self.server_length, self.written_stop)
+
+    def note(self, inode: Inode) -> None:
+        """Learn from an answer of meta, however late it comes."""
+        if inode.truncate_version < self.truncate_version:
+            return
+        self.asked_ns = self._env.now_ns()
+        if inode.truncate_version == self.truncate_version:
+            self.server_length = max(self.server_length, inode.length)
+            return
+        # Another client has cut the file. Our unsettled writes may be later than that: keep them.
+        self.truncate_version = inode.truncate_version
+        self.server_length = inode.length
+        self.written_stop = max(self._unsettled_stop, self.buffer.pending_stop())
+        self.buffer.committed_stop = self._unsettled_stop
+        self._durable_length = -1
+        self.invalidate(0, END)
+
+    def merged(self, inode: Inode) -> Inode:
+        """The inode with this client's own length and mtime."""
+        self.note(inode)
+        mtime_ns = inode.mtime_ns if self.mtime_ns is None else max(inode.mtime_ns, self.mtime_ns)
+        if inode.length == self.length and inode.mtime_ns == mtime_ns:
+            return inode
+        ctime_ns = max(inode.ctime_ns, mtime_ns) if self.mtime_ns is not None else inode.ctime_ns
+        return msgspec.structs.replace(
+            inode, length=self.length, mtime_ns=mtime_ns, ctime_ns=ctime_ns
+        )
+
+    def wrote(self, stop: int) -> None:
+        """Note an own write that ends at `stop`."""
+        self.written_stop = max(self.written_stop, stop)
+        self._unsettled_stop = max(self._unsettled_stop, stop)
+        self.mtime_ns = self._env.wall_ns()
+
+    def invalidate(self, start: int, stop: int) -> None:
+        """Drop prefetched bytes of every description of this file."""
+        for cache in self.caches:
+            if cache:
+                cache.invalidate(start, stop)
+
+    async def refresh(self) -> Inode:
+        """Ask meta for the attributes; returns them merged."""
+        return self.merged(await self._metadata.getattr(self.id))
+
+    def _on_write_error(self) -> None:
+        """Bytes are lost: the file does not reach to where they would have been."""
+        self.written_stop = max(self.buffer.committed_stop, self.buffer.pending_stop())
+        self._unsettled_stop = min(self._unsettled_stop, self.written_stop)
+
+    # ------------------------------------------------------------ settlement
+
+    @property
+    def unsettled(self) -> bool:
+        """True while meta has to hear of our length or mtime."""
+        return self.mtime_ns is not None or self.written_stop > self.server_length
+
+    async def settle(
+        self, session: SessionId, *, close: bool = False, durable: bool = False
+    ) -> None:
+        """Tell meta length and mtime; with `close` the session ends.
+
+        Tells only what storage has; whoever wants all of it told drains the buffer before.
+        """
+        async with self.attributes:
+            await self._settle(session, close=close, durable=durable)
+
+    async def _settle(self, session: SessionId, *, close: bool, durable: bool) -> None:
+        for _ in range(SETTLE_TRIES):
+            version, stop = self.truncate_version, self._told_stop()
+            length = stop if self._unsettled_stop or stop > self.server_length else None
+            mark, self._unsettled_stop = self._unsettled_stop, 0
+            mtime_ns, self.mtime_ns = self.mtime_ns, None
+            try:
+                answer = await self._metadata.settle(
+                    self.id,
+                    session,
+                    length=length,
+                    truncate_version=version,
+                    mtime_ns=mtime_ns,
+                    close=close,
+                    durable=durable,
+                )
+            except BaseException:
+                self._unsettle(version, mark, mtime_ns)
+                raise
+            if stop < mark:  # the rest of it is still on its way to storage
+                self._unsettle(version, mark, None)
+            self.settled_ns = self._env.now_ns()
+            if durable and self.truncate_version == version:
+                self._durable_length = max(self._durable_length, stop, answer.length)
+            if answer.truncate_version > version and length is not None:
+                self._unsettle(version, mark, None)
+                self.note(answer)
+                if close:
+                    return
+                continue
+            self.note(answer)
+            return
+
+    def _told_stop(self) -> int:
+        return min(self.buffer.committed_prefix(), self.buffer.committed_stop, self.written_stop)
+
+    def _unsettle(self, version: int, mark: int, mtime_ns: int | None) -> None:
+        if self.truncate_version == version:
+            self._unsettled_stop = max(self._unsettled_stop, mark)
+        if self.mtime_ns is None:
+            self.mtime_ns = mtime_ns
+
+    # ------------------------------------------------------------ stability
+
+    async def flush(self, session: SessionId) -> None:
+        """All bytes are committed by storage and meta knows the length."""
+        await self.buffer.drain()
+        if self.unsettled:
+            await self.settle(session)
+
+    async def sync_data(self) -> None:
+        """All bytes written so far are on stable storage of every replica."""
+        await self.buffer.drain()
+        touched = dict(self.buffer.touched)
+        if touched:
+            await self._chunkio.flush(touched)
+            for chain, count in touched.items():
+                if self.buffer.touched.get(chain) == count:
+                    del self.buffer.touched[chain]
+
+    async def fsync(self, session: SessionId, *, data_only: bool) -> None:
+        """sync_data, then the attributes, or with `data_only` only the length."""
+        await self.sync_data()
+        if data_only and self._durable_length == self.length:
+            return
+        await self.settle(session, durable=True)
+
+    # ------------------------------------------------------------ truncation
+
+    async def cut(
+        self, length: int, perform: Callable[[], Awaitable[Inode]], *, drop: bool
+    ) -> Inode:
+        """Change the length by `perform`, in order with all reads and writes of this client.
+
+        With `drop` buffered bytes beyond are not even sent: only where it cannot be refused.
+        """
+        async with self.lock.hold(0, END, exclusive=True):
+            if drop:
+                self.buffer.cut(length)
+            await self._drain_for_cut(length)
+            async with self.attributes:
+                inode = await perform()
+                self._was_cut(inode)
+        return self.merged(inode)
+
+    async def _drain_for_cut(self, length: int) -> None:
+        """Under the exclusive lock: no byte is on its way, and meta knows how long the file was.
+
+        Meta cuts chunks only when the file shrinks from a length that it knows of.
+        """
+        await self.buffer.drain()
+        stop = self.buffer.committed_stop
+        if stop > max(self.server_length, length) and self.write_sessions:
+            self.written_stop = max(self.written_stop, stop)
+            await self.settle(next(iter(self.write_sessions)))
+
+    def _was_cut(self, inode: Inode) -> None:
+        """Under the exclusive lock: meta has set the length."""
+        if inode.truncate_version >= self.truncate_version:
+            self.truncate_version = inode.truncate_version
+            self.server_length = inode.length
+        self.written_stop = self._unsettled_stop = 0
+        self.buffer.committed_stop = 0
+        self._durable_length = -1
+        self.mtime_ns = None
+        self.invalidate(0, END)

@@ -1,0 +1,349 @@
+"""Metadata calls, one typed method each, with retry and failover across the meta servers.
+
+A mutating call gets its RequestId once; every retry carries the same, so a reply that was lost on
+the way does nothing twice. A meta server that restarts is waited for until the deadline.
+"""
+
+from typing import TypeVar
+
+import msgspec
+
+from emberfs.client import metrics
+from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
+from emberfs.client.patience import Patience
+from emberfs.proto import meta_calls as calls
+from emberfs.proto.cluster import NodeKind, RoutingSnapshot
+from emberfs.proto.errors import Code, EmberfsError, Reaction
+from emberfs.proto.files import Inode
+from emberfs.proto.ids import MS, SECOND, InodeId, NodeId, SessionId
+from emberfs.proto.meta_calls import Caller, ReaddirAnswer, RequestId, StatfsAnswer
+from emberfs.proto.method import Method
+from emberfs.runtime.env import Env
+
+Request = TypeVar("Request", bound=msgspec.Struct)
+Answer = TypeVar("Answer", bound=msgspec.Struct)
+
+DEADLINE_NS = 30 * SECOND
+ATTEMPT_NS = 10 * SECOND  # a server that accepts but never answers is left after this
+BACKOFF_FIRST_NS = 20 * MS
+BACKOFF_MAX_NS = 500 * MS
+NO_SESSION = SessionId(0)
+
+
+class Metadata:
+    """The metadata service as a client sees it. Raises EmberfsError with the server's code."""
+
+    def __init__(
+        self,
+        env: Env,
+        routing: RoutingView,
+        peers: Peers,
+        client_id: int,
+        *,
+        deadline_ns: int = DEADLINE_NS,
+        attempt_ns: int = ATTEMPT_NS,
+    ) -> None:
+        self.deadline_ns = deadline_ns  # of one logical call, all retries included
+        self._env = env
+        self._routing = routing
+        self._nodes = NodeCalls(env, routing, peers)
+        self._client_id = client_id
+        self._attempt_ns = attempt_ns
+        self._sequence = 0
+        self._preferred = NodeId(0)  # the server that answered last
+
+    def close(self) -> None:
+        """Stop listening to routing."""
+        self._nodes.close()
+
+    def new_session(self) -> SessionId:
+        """Return a fresh id for one open file description."""
+        return SessionId(self._env.random.getrandbits(63) | 1)
+
+    # ------------------------------------------------------------ names
+
+    async def lookup(self, caller: Caller, parent: InodeId, name: bytes) -> Inode:
+        """Find a name in a directory. NOT_FOUND, NOT_DIRECTORY, ACCESS."""
+        request = calls.LookupRequest(caller=caller, parent=parent, name=name)
+        return (await self._call(calls.LOOKUP, request)).inode
+
+    async def resolve(self, caller: Caller, path: bytes, *, follow: bool = True) -> Inode:
+        """Walk a path from the root. NOT_FOUND, NOT_DIRECTORY, ACCESS, LOOP, NAME_TOO_LONG."""
+        request = calls.ResolveRequest(caller=caller, path=path, follow=follow)
+        return (await self._call(calls.RESOLVE, request)).inode
+
+    async def resolve_parent(self, caller: Caller, path: bytes) -> tuple[Inode, bytes]:
+        """Return the directory that holds the last name of a path, and that name."""
+        request = calls.ResolveRequest(caller=caller, path=path, parent=True)
+        answer = await self._call(calls.RESOLVE, request)
+        return answer.inode, answer.name
+
+    async def readdir(
+        self, caller: Caller, inode: InodeId, after: bytes, limit: int, *, plus: bool = True
+    ) -> ReaddirAnswer:
+        """One page of a directory, in name order, after a name (b"" from the beginning)."""
+        request = calls.ReaddirRequest(
+            caller=caller, inode=inode, after=after, limit=limit, plus=plus
+        )
+        return await self._call(calls.READDIR, request)
+
+    async def mknod(
+        self, caller: Caller, parent: InodeId, name: bytes, mode: int, rdev: int = 0
+    ) -> Inode:
+        """Make a directory (S_IFDIR in mode), fifo, socket, device or empty regular file."""
+        request = calls.MknodRequest(
+            caller=caller,
+            request=self._request_id(),
+            parent=parent,
+            name=name,
+            mode=mode,
+            rdev=rdev,
+        )
+        return (await self._call(calls.MKNOD, request)).inode
+
+    async def symlink(self, caller: Caller, parent: InodeId, name: bytes, target: bytes) -> Inode:
+        """Make a symbolic link. EXISTS."""
+        request = calls.SymlinkRequest(
+            caller=caller, request=self._request_id(), parent=parent, name=name, target=target
+        )
+        return (await self._call(calls.SYMLINK, request)).inode
+
+    async def link(self, caller: Caller, inode: InodeId, parent: InodeId, name: bytes) -> Inode:
+        """Make a hard link to a non-directory. EXISTS, TOO_MANY_LINKS."""
+        request = calls.LinkRequest(
+            caller=caller, request=self._request_id(), inode=inode, parent=parent, name=name
+        )
+        return (await self._call(calls.LINK, request)).inode
+
+    async def remove(
+        self, caller: Caller, parent: InodeId, name: bytes, *, directory: bool
+    ) -> None:
+        """unlink(2), or rmdir(2) with `directory`. IS_DIRECTORY, NOT_DIRECTORY, NOT_EMPTY."""
+        request = calls.RemoveRequest(
+            caller=caller,
+            request=self._request_id(),
+            parent=parent,
+            name=name,
+            directory=directory,
+        )
+        await self._call(calls.REMOVE, request)
+
+    async def rename(
+        self,
+        caller: Caller,
+        parent: InodeId,
+        name: bytes,
+        new_parent: InodeId,
+        new_name: bytes,
+        flags: int = 0,
+    ) -> None:
+        """renameat2(2); flags 1 NOREPLACE, 2 EXCHANGE."""
+        request = calls.RenameRequest(
+            caller=caller,
+            request=self._request_id(),
+            parent=parent,
+            name=name,
+            new_parent=new_parent,
+            new_name=new_name,
+            flags=flags,
+        )
+        await self._call(calls.RENAME, request)
+
+    # ------------------------------------------------------------ attributes
+
+    async def getattr(self, inode: InodeId) -> Inode:
+        """Attributes by id. NOT_FOUND once the inode is gone."""
+        return (await self._call(calls.GETATTR, calls.GetattrRequest(inode=inode))).inode
+
+    async def setattr(
+        self,
+        caller: Caller,
+        inode: InodeId,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        length: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        session: SessionId = NO_SESSION,
+    ) -> Inode:
+        """Change attributes; None leaves one alone, -1 as a time means the server's clock."""
+        request = calls.SetattrRequest(
+            caller=caller,
+            request=self._request_id(),
+            inode=inode,
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            length=length,
+            atime_ns=atime_ns,
+            mtime_ns=mtime_ns,
+            session=session,
+        )
+        return (await self._call(calls.SETATTR, request)).inode
+
+    async def getxattr(self, caller: Caller, inode: InodeId, name: bytes) -> bytes:
+        """Value of an extended attribute. NO_ATTRIBUTE."""
+        request = calls.XattrRequest(caller=caller, inode=inode, name=name)
+        return (await self._call(calls.XATTR, request)).value
+
+    async def listxattr(self, caller: Caller, inode: InodeId) -> tuple[bytes, ...]:
+        """Names of the extended attributes."""
+        request = calls.XattrRequest(caller=caller, inode=inode, name=b"")
+        return (await self._call(calls.XATTR, request)).names
+
+    async def setxattr(
+        self, caller: Caller, inode: InodeId, name: bytes, value: bytes | None, flags: int = 0
+    ) -> None:
+        """Set one; value None removes it. Flags 1 XATTR_CREATE, 2 XATTR_REPLACE."""
+        request = calls.SetXattrRequest(
+            caller=caller,
+            request=self._request_id(),
+            inode=inode,
+            name=name,
+            value=value,
+            flags=flags,
+        )
+        await self._call(calls.SET_XATTR, request)
+
+    async def statfs(self) -> StatfsAnswer:
+        """Space and inodes of the whole file system, after replication."""
+        return await self._call(calls.STATFS, calls.StatfsRequest())
+
+    # ------------------------------------------------------------ open files
+
+    async def create(
+        self,
+        caller: Caller,
+        parent: InodeId,
+        name: bytes,
+        mode: int,
+        *,
+        session: SessionId,
+        write: bool,
+        exclusive: bool = False,
+        truncate: bool = False,
+    ) -> Inode:
+        """Create and open a regular file, or open an existing one unless `exclusive` (EXISTS)."""
+        request = calls.CreateRequest(
+            caller=caller,
+            request=self._request_id(),
+            parent=parent,
+            name=name,
+            mode=mode,
+            session=session,
+            write=write,
+            exclusive=exclusive,
+            truncate=truncate,
+        )
+        return (await self._call(calls.CREATE, request)).inode
+
+    async def open(
+        self,
+        caller: Caller,
+        inode: InodeId,
+        session: SessionId,
+        *,
+        read: bool,
+        write: bool,
+        truncate: bool = False,
+    ) -> Inode:
+        """Open a regular file: permission is checked, a session recorded."""
+        request = calls.OpenRequest(
+            caller=caller,
+            request=self._request_id(),
+            inode=inode,
+            session=session,
+            read=read,
+            write=write,
+            truncate=truncate,
+        )
+        return (await self._call(calls.OPEN, request)).inode
+
+    async def settle(
+        self,
+        inode: InodeId,
+        session: SessionId,
+        *,
+        length: int | None = None,
+        truncate_version: int = 0,
+        mtime_ns: int | None = None,
+        atime_ns: int | None = None,
+        close: bool = False,
+        durable: bool = False,
+    ) -> Inode:
+        """Report length and times of an open file; see SettleRequest."""
+        request = calls.SettleRequest(
+            request=self._request_id(),
+            inode=inode,
+            session=session,
+            length=length,
+            truncate_version=truncate_version,
+            mtime_ns=mtime_ns,
+            atime_ns=atime_ns,
+            close=close,
+            durable=durable,
+        )
+        return (await self._call(calls.SETTLE, request)).inode
+
+    async def stable(self) -> None:
+        """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""
+        await self._call(calls.STABLE, calls.StableRequest())
+
+    # ------------------------------------------------------------ one call
+
+    def _request_id(self) -> RequestId:
+        self._sequence += 1
+        return RequestId(client=self._client_id, sequence=self._sequence)
+
+    async def _call(self, method: Method[Request, Answer], request: Request) -> Answer:
+        """Try until an answer, an error for the application, or the deadline."""
+        began_ns = self._env.now_ns()
+        body = method.encode_request(request)
+        patience = Patience(
+            self._env,
+            self._routing,
+            lambda: f"meta {method.name}",
+            timeout_ns=self.deadline_ns,
+            attempt_ns=self._attempt_ns,
+            pause_first_ns=BACKOFF_FIRST_NS,
+            pause_max_ns=BACKOFF_MAX_NS,
+        )
+        while True:
+            snapshot = self._routing.snapshot
+            node = self._choose(snapshot)
+            try:
+                if node is None:
+                    raise EmberfsError(Code.UNREACHABLE, "no meta server is registered")
+                reply = await self._nodes.call(
+                    node, method.number, body, timeout_ns=patience.attempt_ns()
+                )
+                answer = method.decode_answer(reply.body)
+                metrics.META_SECONDS.observe((self._env.now_ns() - began_ns) / SECOND)
+                return answer
+            except EmberfsError as problem:
+                patience.note(problem)
+                metrics.RETRIES.labels(problem.code.name).inc()
+                if problem.reaction != Reaction.RETRY and node is not None:
+                    self._turn_from(node)
+                await patience.pause(problem, snapshot.version)
+
+    def _choose(self, snapshot: RoutingSnapshot) -> NodeId | None:
+        """The server of the last success, else one that lives, else any."""
+        preferred = snapshot.nodes.get(self._preferred)
+        if preferred is not None and preferred.alive:
+            return preferred.id
+        nodes = snapshot.nodes_of(NodeKind.META)
+        alive = [node for node in nodes if node.alive] or nodes
+        if not alive:
+            return None
+        self._preferred = alive[self._client_id % len(alive)].id
+        return self._preferred
+
+    def _turn_from(self, failed: NodeId) -> None:
+        """Prefer the next server in id order (the same one where there is no other)."""
+        nodes = self._routing.snapshot.nodes_of(NodeKind.META)
+        others = [n.id for n in nodes if n.alive and n.id != failed]
+        if self._preferred == failed and others:
+            self._preferred = next((n for n in others if n > failed), others[0])

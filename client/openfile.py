@@ -1,0 +1,293 @@
+"""Open files: what FUSE and the path API read and write.
+
+The table of open files of one client, and the clock that pushes what lies too long."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from emberfs.client import metrics
+from emberfs.client.chunkio import ChunkIO
+from emberfs.client.description import FileServices, OpenFile
+from emberfs.client.filestate import FileState
+from emberfs.client.metadata import NO_SESSION, Metadata
+from emberfs.client.readcache import ReadCache, ReadMemory
+from emberfs.client.writebuffer import WriteBuffer, WriteMemory
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import Inode
+from emberfs.proto.ids import MS, SECOND, InodeId, SessionId
+from emberfs.proto.meta_calls import Caller
+from emberfs.runtime.env import Env
+from emberfs.runtime.tasks import TaskSet
+
+__all__ = ["OpenFile", "OpenFiles"]
+
+T = TypeVar("T")
+
+log = logging.getLogger("emberfs.client.openfile")
+
+TICK_NS = 250 * MS
+DIRTY_AGE_NS = 1 * SECOND  # buffered bytes are sent after this
+HINT_AGE_NS = 5 * SECOND  # meta hears of a growing length after this
+
+
+class OpenFiles:
+    """All open files of one client process, with one FileState per inode."""
+
+    def __init__(
+        self, env: Env, chunkio: ChunkIO, metadata: Metadata, *, durable_close: bool = True
+    ) -> None:
+        """`durable_close`: closing a written file makes it stable (DESIGN section 5)."""
+        self.env = env
+        self.chunkio = chunkio
+        self.metadata = metadata
+        self.read_memory = ReadMemory()
+        self.write_memory = WriteMemory()
+        self._states: dict[InodeId, FileState] = {}
+        self._files: set[OpenFile] = set()
+        self._tasks = TaskSet()
+        self._services = FileServices(
+            env, chunkio, metadata, self.read_memory, self._tasks, durable_close, self._forget
+        )
+        self._ticking = False
+
+    # ------------------------------------------------------------ opening
+
+    async def open(
+        self,
+        caller: Caller,
+        inode: InodeId,
+        *,
+        read: bool = True,
+        write: bool = False,
+        truncate: bool = False,
+        direct: bool = False,
+    ) -> tuple[Inode, OpenFile]:
+        """Open by inode; the answer has this client's own length merged. ACCESS, NOT_FOUND..."""
+        session = self.metadata.new_session()
+
+        async def perform() -> Inode:
+            return await self.metadata.open(
+                caller, inode, session, read=read, write=write, truncate=truncate
+            )
+
+        state = self._states.get(inode)
+        try:
+            if truncate and state is not None:
+                found = await state.cut(0, perform, drop=False)
+            else:
+                found = await perform()
+        except BaseException as problem:
+            self._abandon(inode, session, problem)
+            raise
+        return self._opened(found, session, read=read, write=write, direct=direct)
+
+    async def create(
+        self,
+        caller: Caller,
+        parent: InodeId,
+        name: bytes,
+        mode: int,
+        *,
+        read: bool = True,
+        write: bool = True,
+        exclusive: bool = False,
+        truncate: bool = False,
+        direct: bool = False,
+    ) -> tuple[Inode, OpenFile]:
+        """Create and open, or open what exists (EXISTS if `exclusive`). `mode`: umask applied."""
+        session = self.metadata.new_session()
+
+        async def perform() -> Inode:
+            return await self.metadata.create(
+                caller,
+                parent,
+                name,
+                mode,
+                session=session,
+                write=write,
+                exclusive=exclusive,
+                truncate=truncate,
+            )
+
+        state = await self._written_here(caller, parent, name) if truncate else None
+        found = await (perform() if state is None else state.cut(0, perform, drop=False))
+        return self._opened(found, session, read=read, write=write, direct=direct)
+
+    async def _written_here(self, caller: Caller, parent: InodeId, name: bytes) -> FileState | None:
+        """The state of a file that is open here for writing: cutting it must wait its turn."""
+        if not any(state.write_sessions for state in self._states.values()):
+            return None
+        try:
+            found = await self.metadata.lookup(caller, parent, name)
+        except EmberfsError:
+            return None
+        return self._states.get(found.id)
+
+    def _opened(
+        self, inode: Inode, session: SessionId, *, read: bool, write: bool, direct: bool
+    ) -> tuple[Inode, OpenFile]:
+        state = self._states.get(inode.id)
+        if state is None:
+            state = self._states[inode.id] = self._new_state(inode)
+        inode = state.merged(inode)
+        cache = ReadCache(
+            self.env, inode.id, state.layout, self.chunkio, self.read_memory, self._tasks
+        )
+        file = OpenFile(
+            self._services, state, session, cache, readable=read, writable=write, direct=direct
+        )
+        state.references += 1
+        state.caches.add(cache)
+        if write:
+            state.write_sessions.add(session)
+        self._files.add(file)
+        metrics.OPEN_FILES.inc()
+        self._start_ticking()
+        return inode, file
+
+    def _new_state(self, inode: Inode) -> FileState:
+        if inode.layout is None:
+            raise EmberfsError(Code.INVALID, f"inode {inode.id} is not a regular file")
+        buffer = WriteBuffer(
+            self.env, inode.id, inode.layout, self.chunkio, self.write_memory, self._tasks
+        )
+        return FileState(self.env, self.chunkio, self.metadata, inode, inode.layout, buffer)
+
+    def _abandon(self, inode: InodeId, session: SessionId, problem: BaseException) -> None:
+        """An open whose outcome is unknown must not leave a session behind."""
+        if isinstance(problem, EmberfsError) and problem.code != Code.TIMEOUT:
+            return
+
+        async def end() -> None:
+            try:
+                await self.metadata.settle(inode, session, close=True)
+            except EmberfsError as found:
+                log.info("open of inode %d was given up; its session: %s", inode, found)
+
+        self._spawn(end(), f"abandon open of inode {inode}")
+
+    def _forget(self, file: OpenFile) -> None:
+        state = file.state
+        self._files.discard(file)
+        metrics.OPEN_FILES.dec()
+        state.write_sessions.discard(file.session)
+        state.references -= 1
+        if not state.references and self._states.get(state.id) is state:
+            del self._states[state.id]
+
+    def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        return self._tasks.spawn(work, name=name)
+
+    # ------------------------------------------------------------ attributes
+
+    def merged(self, inode: Inode) -> Inode:
+        """The inode with length and mtime of this client's own writes, if it is open here.
+
+        For every inode that goes to an application: lookup, getattr, readdirplus.
+        """
+        state = self._states.get(inode.id)
+        return inode if state is None else state.merged(inode)
+
+    async def truncate(self, caller: Caller, inode: InodeId, length: int) -> Inode:
+        """truncate(2) by inode, in order with this client's own writes."""
+        return await self.setattr(caller, inode, length=length)
+
+    async def setattr(
+        self,
+        caller: Caller,
+        inode: InodeId,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        length: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        session: SessionId = NO_SESSION,
+    ) -> Inode:
+        """Change attributes, in order with this client's own writes; the answer is merged."""
+
+        async def perform() -> Inode:
+            return await self.metadata.setattr(
+                caller,
+                inode,
+                mode=mode,
+                uid=uid,
+                gid=gid,
+                length=length,
+                atime_ns=atime_ns,
+                mtime_ns=mtime_ns,
+                session=session,
+            )
+
+        state = self._states.get(inode)
+        if state is None:
+            return await perform()
+        if length is not None:
+            return await state.cut(length, perform, drop=session != NO_SESSION)
+        if mtime_ns is None:
+            return state.merged(await perform())
+        async with state.attributes:
+            found = await perform()
+            state.mtime_ns = None  # what was set counts, not when earlier bytes were written
+        return state.merged(found)
+
+    # ------------------------------------------------------------ time
+
+    def _start_ticking(self) -> None:
+        if not self._ticking:
+            self._ticking = True
+            self._spawn(self._tick(), "open files")
+
+    async def _tick(self) -> None:
+        """Push old bytes, drop old prefetched ones, tell meta of growing lengths."""
+        try:
+            while self._states:
+                await self.env.sleep_ns(TICK_NS)
+                now_ns = self.env.now_ns()
+                for buffer in list(self.write_memory.buffers):
+                    buffer.push_older(now_ns - DIRTY_AGE_NS)
+                for state in list(self._states.values()):
+                    for cache in state.caches:
+                        cache.drop_old()
+                    if state.unsettled and now_ns - state.settled_ns > HINT_AGE_NS:
+                        self._hint(state, now_ns)
+        finally:
+            self._ticking = False
+
+    def _hint(self, state: FileState, now_ns: int) -> None:
+        session = next(iter(state.write_sessions), None)
+        if session is None:
+            return
+        state.settled_ns = now_ns
+
+        async def tell() -> None:
+            try:
+                await state.settle(session)
+            except EmberfsError as problem:
+                log.info("length of inode %d not settled yet: %s", state.id, problem)
+
+        self._spawn(tell(), f"settle inode {state.id}")
+
+    async def flush_all(self) -> None:
+        """syncfs(2), first half: all bytes are at storage and meta knows every length."""
+        for state in list(self._states.values()):
+            session = next(iter(state.write_sessions), None)
+            if session is not None:
+                await state.flush(session)
+
+    async def close(self) -> None:
+        """Push what is buffered and end every session; errors are logged, nobody is left."""
+
+        async def end(file: OpenFile) -> None:
+            try:
+                await file.close()
+            except EmberfsError as problem:
+                log.error("closing inode %d: %s", file.inode_id, problem)
+
+        await asyncio.gather(*(end(file) for file in list(self._files)))
+        await self._tasks.close()
+        self.write_memory.pool.close()
+        self.read_memory.lender.close()

@@ -1,0 +1,72 @@
+"""How long one logical call keeps trying, and what it waits for between tries."""
+
+from collections.abc import Callable
+
+from emberfs.client.nodecalls import RoutingView
+from emberfs.proto.errors import Code, EmberfsError, Reaction
+from emberfs.proto.ids import MS, SECOND, RoutingVersion
+from emberfs.runtime.env import Env
+from emberfs.runtime.retry import Backoff
+
+PAUSE_FIRST_NS = 5 * MS
+PAUSE_MAX_NS = 100 * MS
+
+
+class Patience:
+    """The retry state of one logical call: a deadline, a growing attempt time, growing pauses."""
+
+    def __init__(
+        self,
+        env: Env,
+        routing: RoutingView,
+        describe: Callable[[], str],
+        *,
+        timeout_ns: int,
+        attempt_ns: int,
+        pause_first_ns: int = PAUSE_FIRST_NS,
+        pause_max_ns: int = PAUSE_MAX_NS,
+    ) -> None:
+        """`describe` says what is being tried; `attempt_ns` is the time of the first attempt."""
+        self._env = env
+        self._routing = routing
+        self._describe = describe
+        self._timeout_ns = timeout_ns
+        self._deadline_ns = env.now_ns() + timeout_ns
+        self._attempt_ns = attempt_ns
+        self._backoff = Backoff(pause_first_ns, pause_max_ns)
+
+    def attempt_ns(self, extra_ns: int = 0) -> int:
+        """Time for the next attempt: bounded, so that a server that never answers is left."""
+        left_ns = self._deadline_ns - self._env.now_ns()
+        return max(1, min(left_ns, self._attempt_ns + extra_ns))
+
+    def note(self, problem: EmberfsError) -> None:
+        """Raise it if nothing can help; give the next attempt more time if this one had too little.
+
+        Raises TIMEOUT with the last cause when the deadline has passed.
+        """
+        if problem.reaction == Reaction.GIVE_UP:
+            raise problem
+        if problem.code == Code.TIMEOUT:
+            self._attempt_ns *= 2
+        if self._env.now_ns() >= self._deadline_ns:
+            raise self._over(problem)
+
+    async def pause(self, problem: EmberfsError, seen: RoutingVersion) -> None:
+        """Wait before the next try; for routing above `seen` where that may help.
+
+        Raises TIMEOUT with the last cause when the pause would pass the deadline.
+        """
+        pause_ns = self._backoff.next_ns(self._env.random)
+        if self._env.now_ns() + pause_ns >= self._deadline_ns:
+            raise self._over(problem)
+        if problem.reaction == Reaction.RETRY:
+            await self._env.sleep_ns(pause_ns)
+        else:
+            await self._routing.wait_newer(seen, pause_ns)
+
+    def _over(self, problem: EmberfsError) -> EmberfsError:
+        seconds = self._timeout_ns / SECOND
+        return EmberfsError(
+            Code.TIMEOUT, f"{self._describe()}: no success in {seconds:.1f} s; last: {problem}"
+        )

@@ -1,0 +1,82 @@
+"""Shared and exclusive locks on byte ranges of one file, first come, first served.
+
+They make each read and write of this client atomic against its other writes, while disjoint ranges
+proceed in parallel. No deadlock: a holder never asks for a second range.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+END = 1 << 63
+
+
+class _Hold:
+    __slots__ = ("exclusive", "granted", "start", "stop")
+
+    def __init__(self, start: int, stop: int, exclusive: bool) -> None:
+        self.start = start
+        self.stop = stop
+        self.exclusive = exclusive
+        self.granted: asyncio.Future[None] | None = None
+
+    def conflicts(self, other: "_Hold") -> bool:
+        return (
+            (self.exclusive or other.exclusive)
+            and self.start < other.stop
+            and other.start < self.stop
+        )
+
+
+class RangeLock:
+    """The locks of one file."""
+
+    def __init__(self) -> None:
+        self._held: list[_Hold] = []
+        self._waiting: list[_Hold] = []
+
+    @asynccontextmanager
+    async def hold(self, start: int, stop: int, *, exclusive: bool) -> AsyncIterator[None]:
+        """Hold [start, stop) for the body of an `async with`."""
+        mine = _Hold(start, stop, exclusive)
+        if self._free(mine, len(self._waiting)):
+            self._held.append(mine)
+        else:
+            await self._wait(mine)
+        try:
+            yield
+        finally:
+            self._held.remove(mine)
+            if self._waiting:
+                self._grant()
+
+    def _free(self, mine: _Hold, ahead: int) -> bool:
+        """Nothing held, and nobody of the first `ahead` waiters, is in the way."""
+        return not any(mine.conflicts(other) for other in self._held) and not any(
+            mine.conflicts(other) for other in self._waiting[:ahead]
+        )
+
+    async def _wait(self, mine: _Hold) -> None:
+        mine.granted = asyncio.get_running_loop().create_future()
+        self._waiting.append(mine)
+        try:
+            await mine.granted
+        except BaseException:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+            else:  # granted and cancelled at the same time
+                self._held.remove(mine)
+            self._grant()
+            raise
+
+    def _grant(self) -> None:
+        place = 0
+        while place < len(self._waiting):
+            waiter = self._waiting[place]
+            assert waiter.granted is not None
+            if waiter.granted.done() or not self._free(waiter, place):
+                place += 1
+                continue
+            del self._waiting[place]
+            self._held.append(waiter)
+            waiter.granted.set_result(None)
