@@ -34,6 +34,7 @@ PURE = {
     "kv.keys",
     "fabric.frame",
     "mgmtd.chain",
+    "mgmtd.events",
     "mgmtd.membership",
     "mgmtd.placement",
     "meta.schema",
