@@ -14,6 +14,7 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout
 from emberfs.proto.ids import CHUNK_BYTES_DEFAULT, ChainId, InodeId
 from emberfs.runtime.env import Env
+from emberfs.runtime.tasks import TaskSet
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -42,7 +43,25 @@ class Context:
         self.replies = Replies(env, engine)
         self.trims = Trims(env, engine, chunks)
         self.collector = Collector(env, engine, chunks, self.trims)
+        self._tasks = TaskSet()
         self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())
+
+    async def load(self) -> None:
+        """Find what an earlier life of the server left to do. Before the first call."""
+        await self.replies.load()
+        await self.trims.load()
+
+    def start(self) -> None:
+        """Begin the work in the background."""
+        self.trims.start()
+        self.collector.start()
+        self._tasks.spawn(self.replies.live(), name="meta replies")
+
+    async def close(self) -> None:
+        """End the work in the background; what is unfinished stays recorded."""
+        await self._tasks.close()
+        await self.collector.close()
+        await self.trims.close()
 
     def new_layout(self, inode: InodeId) -> Layout:
         """Where a new file's chunks go: the chains that serve now, begun at another one per file.

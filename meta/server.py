@@ -1,0 +1,161 @@
+"""emberfs-meta: the metadata service as a process."""
+
+import logging
+import os
+
+import msgspec
+
+from emberfs.client.agent import Agent
+from emberfs.client.cluster import Cluster
+from emberfs.fabric.server import Server
+from emberfs.kv.rocks import RocksStore
+from emberfs.kv.transaction import Engine
+from emberfs.meta.context import Context, Policy
+from emberfs.meta.dispatch import handlers
+from emberfs.meta.format import open_file_system
+from emberfs.meta.metrics import CONFLICTS
+from emberfs.meta.sessions import SessionSweeper
+from emberfs.proto.cluster import Node, NodeKind
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.ids import (
+    CHUNK_BYTES_DEFAULT,
+    CHUNK_BYTES_MAX,
+    CHUNK_BYTES_MIN,
+    SECOND,
+    NodeId,
+)
+from emberfs.runtime.env import Env
+from emberfs.runtime.service import run_service
+from emberfs.runtime.tasks import TaskSet
+
+log = logging.getLogger("emberfs.meta.server")
+
+DRAIN_NS = 2 * SECOND
+STRIPE_MAX = 1024
+
+
+class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The TOML file of emberfs-meta."""
+
+    cluster: str
+    node: int
+    mgmtd: tuple[str, ...]  # "ip:port" of the management service
+    listen: tuple[str, ...]  # "tcp://127.0.0.1:9201", "shm:///path/to.sock"
+    data: str  # directory
+    host: str = ""  # name shown in status
+    metrics_port: int = 0
+    log_level: str = "INFO"
+    chunk_bytes: int = CHUNK_BYTES_DEFAULT
+    stripe: int = 16  # chains that one file is spread over, at most
+    session_grace_s: float = 30.0
+    start_timeout_s: float = 10.0
+
+
+def check_config(config: MetaConfig) -> None:
+    """Refuse settings that cannot work. Raises EmberfsError(CONFIG)."""
+    size = config.chunk_bytes
+    if not CHUNK_BYTES_MIN <= size <= CHUNK_BYTES_MAX or size & (size - 1):
+        raise EmberfsError(
+            Code.CONFIG,
+            f"chunk_bytes = {size}: write a power of two from {CHUNK_BYTES_MIN} to "
+            f"{CHUNK_BYTES_MAX}",
+        )
+    if not 1 <= config.stripe <= STRIPE_MAX:
+        raise EmberfsError(Code.CONFIG, f"stripe = {config.stripe}: write 1 to {STRIPE_MAX}")
+    if not (config.mgmtd and config.listen):
+        raise EmberfsError(Code.CONFIG, "mgmtd and listen need at least one address each")
+    if config.session_grace_s <= 0 or config.start_timeout_s <= 0:
+        raise EmberfsError(Code.CONFIG, "session_grace_s and start_timeout_s must be above 0")
+
+
+class MetaService:
+    """One metadata server."""
+
+    def __init__(self, config: MetaConfig, env: Env) -> None:
+        self._config = config
+        self._env = env
+        self._engine: Engine | None = None
+        self._cluster: Cluster | None = None
+        self._context: Context | None = None
+        self._server: Server | None = None
+        self._agent: Agent | None = None
+        self._tasks = TaskSet()
+
+    async def start(self) -> None:
+        """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
+        config, env = self._config, self._env
+        timeout_ns = int(config.start_timeout_s * SECOND)
+        store = await env.run_blocking(lambda: RocksStore(os.path.join(config.data, "kv")))
+        self._engine = engine = Engine(env, store)
+        CONFLICTS.set_function(lambda: engine.conflicts)
+        made = await open_file_system(
+            engine, config.cluster, uid=os.getuid(), gid=os.getgid(), now_ns=env.wall_ns()
+        )
+        if made:
+            log.info("made an empty file system for cluster %s", config.cluster)
+        self._cluster = await Cluster.open(
+            env, config.mgmtd, config.cluster, register=False, timeout_ns=timeout_ns
+        )
+        await self._serve(engine, self._cluster, timeout_ns)
+
+    async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
+        config, env = self._config, self._env
+        policy = Policy(config.chunk_bytes, config.stripe)
+        context = Context(env, engine, cluster.chunkio, lambda: cluster.routing.snapshot, policy)
+        self._context = context
+        await context.load()
+        self._server = Server(env, handlers(context), name=f"meta {config.node}")
+        endpoints = [await self._server.listen(endpoint) for endpoint in config.listen]
+        self._agent = Agent(env, cluster.control, self._node(endpoints))
+        await self._agent.start(timeout_ns)
+        context.start()
+        grace_ns = int(config.session_grace_s * SECOND)
+        sweeper = SessionSweeper(
+            env, engine, context.collector, lambda: cluster.routing.snapshot, grace_ns
+        )
+        self._tasks.spawn(sweeper.live(), name="meta sessions")
+        log.info("serving at %s", ", ".join(endpoints))
+
+    def _node(self, endpoints: list[str]) -> Node:
+        config = self._config
+        return Node(
+            id=NodeId(config.node),
+            kind=NodeKind.META,
+            host=config.host,
+            endpoints=tuple(endpoints),
+            incarnation=self._env.random.getrandbits(63),
+            alive=True,
+            metrics=f"127.0.0.1:{config.metrics_port}" if config.metrics_port else "",
+        )
+
+    async def stop(self) -> None:
+        """Finish running calls, make everything stable, release the store."""
+        if self._agent is not None:
+            await self._agent.close()
+        if self._server is not None:
+            await self._server.close(DRAIN_NS)
+        await self._tasks.close()
+        if self._context is not None:
+            await self._context.close()
+        if self._cluster is not None:
+            await self._cluster.close()
+        if self._engine is not None:
+            await self._sync_and_close(self._engine)
+
+    async def _sync_and_close(self, engine: Engine) -> None:
+        try:
+            await engine.sync()
+        except EmberfsError as problem:
+            log.error("the last transactions may be lost in a power cut: %s", problem)
+        await engine.close()
+
+
+async def build(config: MetaConfig, env: Env) -> MetaService:
+    """Make the service of a checked configuration."""
+    check_config(config)
+    return MetaService(config, env)
+
+
+def main() -> None:
+    """Entry point of emberfs-meta."""
+    run_service("emberfs-meta", MetaConfig, build)
