@@ -12,7 +12,7 @@ How a block lives, with what holds it:
     free
 
 Undo: the first commit on a chunk in a flush epoch keeps what was committed before (U row, with its
-block). An in-place write never touches a byte that a kept version needs (`floor`), so after a power
+block), unless all its data is in its own rows. An in-place write never touches a byte that a kept version needs (`floor`), so after a power
 cut the newest version whose data arrived can be restored.
 """
 
@@ -35,6 +35,7 @@ from emberfs.storage.allocator import (
 from emberfs.storage.blocks import BlockFiles
 from emberfs.storage.content import View
 from emberfs.storage.records import (
+    NO_TRIM,
     ChunkRecord,
     PendingRecord,
     RedoRecord,
@@ -209,7 +210,7 @@ class ChunkTable:
                 if pending.redo is not None:
                     key = redo_key(chunk, record.block, record.version)
                     changes.append((key, encode_redo(pending.redo)))
-            keeps = self._keep(chunk, before, changes)
+            keeps = not _stands_alone(pending) and self._keep(chunk, before, changes)
             old_block = before.block if before is not None else NO_BLOCK
             moved = old_block != NO_BLOCK and old_block != record.block
             undo = self.undo.get(chunk)
@@ -240,9 +241,11 @@ class ChunkTable:
         """The store has it: follow in memory."""
         old_block, old_length = (before.block, before.length) if before else (NO_BLOCK, 0)
         new_block = after.block if after is not None else NO_BLOCK
-        undo = self.undo.setdefault(chunk, Undo({}, new_block))
-        undo.current = new_block
+        undo = self.undo.get(chunk)
+        if undo is not None:
+            undo.current = new_block
         if keeps:
+            undo = self.undo.setdefault(chunk, Undo({}, new_block))
             undo.kept[self.epoch] = (old_block, old_length)
         if moved:
             waiting = self.waiting_bytes.get(self.epoch, 0)
@@ -358,6 +361,14 @@ class ChunkTable:
     def reader_ends(self, token: int) -> None:
         """The reader looks at no block any more."""
         self._readers.discard(token)
+
+
+def _stands_alone(pending: Pending) -> bool:
+    """Tell whether a version is whole wherever its rows are: its data is in its redo row.
+
+    Such a commit needs no undo row. A truncation does, to protect what it cuts off (`floor`).
+    """
+    return pending.redo is not None and pending.redo.trim == NO_TRIM
 
 
 def _row_bytes(record: ChunkRecord | None) -> int:

@@ -1,7 +1,7 @@
 """A world for the chunk store: a disk that loses, a store that loses, a model that remembers.
 
-Fault model of FakeDisk: a power cut keeps any subset of the 512-byte sectors of each unsynced write,
-in any combination; file sizes fall back to what was synced. The row store (kv.memory) keeps a
+Fault model of FakeDisk: a power cut keeps any subset of the 512-byte sectors of each unsynced
+write, in any combination; file sizes fall back to what was synced. The row store keeps a
 prefix of its unsynced batches. A process crash loses nothing. Both may come between any two
 operations on disk or store, or in the middle of one.
 """
@@ -391,10 +391,13 @@ class World:
             elif truth.pending is not None and not power_cut:
                 assert self.in_flight is not None
                 assert self.in_flight[0] == chunk
-            truth.versions = [found]
+            if power_cut:
+                truth.versions, truth.attempts = [found], []
+            elif found != truth.now:
+                truth.versions.append(found)
             truth.pending = Version(pending.version, prepared) if pending is not None else None
             if truth.pending is not None and prepared is None:
                 truth.pending = ABSENT
-            truth.attempts = [truth.pending] if truth.pending is not None else []
+            truth.attempts += [truth.pending] if truth.pending is not None else []
         self.in_flight = None
         self.sound()

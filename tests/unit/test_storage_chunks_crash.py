@@ -21,10 +21,12 @@ def lives_to_the_end(world: World) -> bool:
     return False
 
 
-def crash_life(seed: int, *, power_cut: bool, chunk_bytes: int = 256 * KiB) -> None:
+def crash_life(seed: int, *, power: float, chunk_bytes: int = 256 * KiB) -> None:
+    """Live through four crashes; `power` is the share of them that are power cuts."""
     env = FakeEnv(seed)
     world = World(env, chunk_bytes=chunk_bytes)
     for _ in range(4):
+        power_cut = env.random.random() < power
         env.fuse.guest = guest_of(world) if seed % 2 else None
         closed = lives_to_the_end(world)
         env.fuse.crash_at, env.fuse.guest = -1, None
@@ -67,30 +69,43 @@ def guest_of(world: World) -> "object":
     return act
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_power_cut_keeps_everything_flushed(block: int) -> None:
-    for seed in range(block * 60, block * 60 + 60):
+def crash_lives(seeds: range, **options: float) -> None:
+    for seed in seeds:
         try:
-            crash_life(seed, power_cut=True)
+            crash_life(seed, **options)  # type: ignore[arg-type]
         except BaseException:
-            print(f"seed {seed}")
+            print(f"failing: crash_life({seed}, **{options})")
             raise
 
 
-@pytest.mark.parametrize("block", range(2))
-def test_process_crash_loses_nothing(block: int) -> None:
-    for seed in range(block * 60, block * 60 + 60):
-        try:
-            crash_life(seed, power_cut=False)
-        except BaseException:
-            print(f"seed {seed}")
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_power_cut_keeps_everything_flushed(first: int) -> None:
+    crash_lives(range(first, first + 50), power=1)
+
+
+@pytest.mark.parametrize("first", range(0, 100, 50))
+def test_process_crash_loses_nothing(first: int) -> None:
+    crash_lives(range(first, first + 50), power=0)
+
+
+@pytest.mark.parametrize("first", range(0, 100, 50))
+def test_power_cuts_and_process_crashes_in_turns(first: int) -> None:
+    crash_lives(range(first, first + 50), power=0.5)
+
+
+def test_crashes_with_coarse_checksums() -> None:
+    crash_lives(range(1000, 1006), power=0.5, chunk_bytes=6 * MiB)
+
+
+def fails_for_space(world: World) -> bool:
+    try:
+        world.update()
+    except EmberfsError as problem:
+        if problem.code != Code.NO_SPACE:
             raise
-
-
-@pytest.mark.parametrize("power_cut", [False, True])
-def test_crashes_with_coarse_checksums(power_cut: bool) -> None:
-    for seed in range(1000, 1004):
-        crash_life(seed, power_cut=power_cut, chunk_bytes=6 * MiB)
+        world.in_flight = None
+        return True
+    return False
 
 
 def test_full_disk_at_every_write_point() -> None:
@@ -102,13 +117,8 @@ def test_full_disk_at_every_write_point() -> None:
         world.run(15)
         for _ in range(6):
             env.fuse.error_at = env.fuse.count + env.random.randint(1, 3)
-            try:
-                world.update()
-            except EmberfsError as problem:
-                assert problem.code == Code.NO_SPACE
+            if fails_for_space(world):
                 heard += 1
-                world.in_flight = None
-                # A prepare or commit that failed has changed nothing at all.
             env.fuse.error_at = -1
             world.compare()
         world.flush()
