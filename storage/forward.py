@@ -1,0 +1,164 @@
+"""Sending an update, or the whole content of a chunk, to the successor.
+
+REPLACE messages carry an order token in `tag`: (this process, sending target, rising number). The
+receiver refuses one that a later one has overtaken on another connection (see ReplaceOrder).
+"""
+
+from collections import OrderedDict
+
+import msgspec
+
+from emberfs.fabric.buffers import BufferPool
+from emberfs.fabric.region import Slice
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.ids import CHUNK_BYTES_MIN, ChainVersion, ChunkId, TargetId
+from emberfs.proto.storage_calls import RememberedWrite, UpdateKind, UpdateRequest, WriteTag
+from emberfs.runtime.checksum import crc32c
+from emberfs.runtime.env import Env
+from emberfs.storage.chunk_events import Forward, State
+from emberfs.storage.lasting import run_thread_to_end
+from emberfs.storage.links import Links
+from emberfs.storage.storeface import Store
+
+ORDER_CHUNKS_MAX = 4096
+
+
+class ReplaceOrder:
+    """Remembers the newest REPLACE of recently replaced chunks."""
+
+    def __init__(self) -> None:
+        self._newest: OrderedDict[tuple[TargetId, ChunkId], WriteTag] = OrderedDict()
+
+    def admit(self, request: UpdateRequest) -> bool:
+        """Note a REPLACE; False when a later one of the same sender came before it."""
+        place, tag = (request.target, request.chunk), request.tag
+        newest = self._newest.pop(place, None)
+        overtaken = (
+            newest is not None
+            and (newest.client, newest.channel) == (tag.client, tag.channel)
+            and newest.sequence > tag.sequence
+        )
+        self._newest[place] = newest if overtaken and newest is not None else tag
+        while len(self._newest) > ORDER_CHUNKS_MAX:
+            self._newest.popitem(last=False)
+        return not overtaken
+
+
+class Sender:
+    """The sending side of one target."""
+
+    def __init__(self, env: Env, target: TargetId, links: Links, buffers: BufferPool) -> None:
+        self._env = env
+        self._target = target
+        self._links = links
+        self._buffers = buffers
+        self._token = env.random.getrandbits(62)
+        self._sequence = 0
+
+    async def send_change(self, effect: Forward, source: Slice | None) -> None:
+        """Forward the update as it came. Raises the successor's answer, or why there is none."""
+        request = effect.request
+        assert request is not None
+        replaces = request.kind == UpdateKind.REPLACE
+        onward = msgspec.structs.replace(
+            request,
+            target=effect.successor,
+            chain_version=ChainVersion(effect.chain_version),
+            version=effect.version,
+            tag=self._next_tag() if replaces else request.tag,
+        )
+        await self._links.update(onward, source)
+
+    async def send_pending(self, store: Store, chunk: ChunkId, effect: Forward) -> None:
+        """Send our own view of the pending version `effect.version` as a REPLACE."""
+        state = store.state(chunk)
+        pending = state.pending if state is not None else None
+        if pending is None or pending.version != effect.version:
+            raise EmberfsError(Code.INTERNAL, f"version {effect.version} is not pending any more")
+        length = 0 if pending.removes else pending.length
+        await self._send_content(
+            store,
+            chunk,
+            effect.successor,
+            ChainVersion(effect.chain_version),
+            version=pending.version,
+            length=length,
+            remembered=pending.remembered,
+            exists=not pending.removes,
+        )
+
+    async def send_committed(
+        self,
+        store: Store,
+        chunk: ChunkId,
+        state: State | None,
+        successor: TargetId,
+        chain_version: ChainVersion,
+    ) -> int:
+        """Send our committed version (or absence) as a REPLACE; return its bytes."""
+        exists = state is not None and state.version > 0
+        length = state.length if state is not None and exists else 0
+        await self._send_content(
+            store,
+            chunk,
+            successor,
+            chain_version,
+            version=state.version if state is not None and exists else 1,
+            length=length,
+            remembered=state.remembered if state is not None and exists else (),
+            exists=exists,
+        )
+        return length
+
+    async def _send_content(
+        self,
+        store: Store,
+        chunk: ChunkId,
+        successor: TargetId,
+        chain_version: ChainVersion,
+        *,
+        version: int,
+        length: int,
+        remembered: tuple[RememberedWrite, ...],
+        exists: bool,
+    ) -> None:
+        buffer = await self._buffers.take_wait(length) if length else None
+        try:
+            checksum = 0
+            if buffer is not None:
+                checksum = await self._load(store, chunk, version, buffer)
+            request = UpdateRequest(
+                target=successor,
+                chain_version=chain_version,
+                chunk=chunk,
+                kind=UpdateKind.REPLACE,
+                offset=0,
+                length=length,
+                tag=self._next_tag(),
+                chunk_bytes=max(CHUNK_BYTES_MIN, 1 << (length - 1).bit_length() if length else 0),
+                checksum=checksum,
+                version=version,
+                remembered=remembered,
+                exists=exists,
+            )
+            await self._links.update(request, buffer)
+        finally:
+            if buffer is not None:
+                self._buffers.give(buffer)
+
+    async def _load(self, store: Store, chunk: ChunkId, version: int, buffer: Slice) -> int:
+        """Read one version into the buffer; return its CRC32C."""
+
+        def work() -> int:
+            view = buffer.view
+            outcome = store.read_into(chunk, version=version, offset=0, length=len(view), sink=view)
+            if outcome.length != len(view):
+                text = f"read {outcome.length} of {len(view)} bytes of version {version}"
+                raise EmberfsError(Code.INTERNAL, text)
+            return crc32c(view)
+
+        return await run_thread_to_end(self._env, work)
+
+    def _next_tag(self) -> WriteTag:
+        self._sequence += 1
+        return WriteTag(self._token, self._target, self._sequence)

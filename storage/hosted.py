@@ -1,0 +1,149 @@
+"""One target of this process: open or not, with what its heartbeats say."""
+
+import logging
+from collections.abc import Callable
+
+from emberfs.fabric.buffers import BufferPool
+from emberfs.proto.cluster import Chain, ChainTarget, PublicState, RoutingSnapshot, TargetReport
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.ids import SECOND, TargetId
+from emberfs.runtime.env import Env
+from emberfs.storage.chunks import ChunkStore
+from emberfs.storage.filling import Recovery, Throttle
+from emberfs.storage.forward import Sender
+from emberfs.storage.links import Links
+from emberfs.storage.metrics import LOCAL_STATE, PUBLIC_STATE, USED_BYTES
+from emberfs.storage.repair import Repairer
+from emberfs.storage.replica import TargetReplica
+from emberfs.storage.target import DiskFailed, Opened, RoutingChanged, TargetState
+from emberfs.storage.view import view_of
+
+log = logging.getLogger("emberfs.storage.hosted")
+
+FLUSH_EVERY_NS = 2 * SECOND
+FLUSH_LOOK_NS = SECOND // 5
+
+
+class HostedTarget:
+    """A target id, its directory, and once it is open its replica."""
+
+    def __init__(self, env: Env, target: TargetId, path: str, *, capacity_bytes: int = 0) -> None:
+        self.target = target
+        self.path = path
+        self.state = TargetState(target)
+        self.replica: TargetReplica | None = None
+        self.store: ChunkStore | None = None
+        self.sync_progress = (0, 0)  # bytes done and in all, while we are being filled
+        self._env = env
+        self._capacity_bytes = capacity_bytes
+        self._sharers = 1
+
+    def apply(self, snapshot: RoutingSnapshot) -> None:
+        """Take over routing."""
+        chain = chain_of_target(snapshot, self.target)
+        if self.replica is not None:
+            self.replica.apply_chain(chain)
+        else:
+            event = RoutingChanged(view_of(chain, self.target))
+            self.state.handle(event, self._env.now_ns())
+        PUBLIC_STATE.labels(self.target).set(self.state.published.public)
+
+    async def open(
+        self,
+        links: Links,
+        buffers: BufferPool,
+        repairer: Repairer,
+        report_now: Callable[[], None],
+        *,
+        throttle: Throttle,
+        sharers: int,
+    ) -> None:
+        """Open the store; a failure is reported as OFFLINE with its reason, not raised.
+
+        `sharers`: how many targets use the same file system. Routing must have been applied.
+        """
+        env, path, self._sharers = self._env, self.path, max(1, sharers)
+        try:
+            blank = not await env.run_blocking(lambda: env.disk.exists(f"{path}/format"))
+            capacity = self._capacity_bytes
+            store = await env.run_blocking(
+                lambda: ChunkStore.open(env, path, capacity_bytes=capacity)
+            )
+        except (EmberfsError, OSError) as problem:
+            log.error("target %d cannot be opened: %s", self.target, problem)
+            self.state.handle(DiskFailed(f"cannot be opened: {problem}"), env.now_ns())
+            return
+        self.store = store
+        sender = Sender(env, self.target, links, buffers)
+        replica = TargetReplica(env, store, sender, self.state, report_now)
+        replica.repair = lambda chunk: repairer.repair(replica, chunk)
+        self.replica = replica
+        replica.settle(Opened(doubtful=store.power_cut_possible, blank=blank))
+        recovery = Recovery(env, replica, sender, links, throttle)
+        replica.tasks.spawn(recovery.run(), name=f"recovery of target {self.target}'s successor")
+        replica.tasks.spawn(self._flush_now_and_then(replica), name="background flush")
+
+    async def close(self) -> None:
+        """Stop, and close the store."""
+        if self.replica is not None:
+            await self.replica.close()
+        if self.store is not None:
+            await self._env.run_blocking(self.store.close)
+        self.replica = self.store = None
+
+    def report(self) -> TargetReport:
+        """What heartbeats say."""
+        used, capacity = self._space()
+        syncing = self.state.published.public == PublicState.SYNCING
+        done, total = self.sync_progress if syncing else (0, 0)
+        LOCAL_STATE.labels(self.target).set(self.state.local)
+        USED_BYTES.labels(self.target).set(used)
+        return TargetReport(
+            target=self.target,
+            local=self.state.local,
+            chain_version=self.state.published.chain_version,
+            used_bytes=used,
+            capacity_bytes=capacity,
+            reason=self.state.reason,
+            sync_done_bytes=done,
+            sync_total_bytes=total,
+        )
+
+    def _space(self) -> tuple[int, int]:
+        if self.store is None:
+            return 0, 0
+        used = self.store.used_bytes
+        try:
+            capacity = self.store.capacity_bytes
+        except OSError as problem:
+            if self.replica is not None:
+                self.replica.fail(f"statvfs: {problem}")
+            return used, used
+        if not self._capacity_bytes:
+            capacity = used + max(0, capacity - used) // self._sharers
+        return used, capacity
+
+    async def _flush_now_and_then(self, replica: TargetReplica) -> None:
+        last_ns = self._env.now_ns()
+        while True:
+            await self._env.sleep_ns(FLUSH_LOOK_NS)
+            due = self._env.now_ns() - last_ns >= FLUSH_EVERY_NS
+            if replica.store.need_flush or (due and replica.flusher.dirty):
+                last_ns = self._env.now_ns()
+                try:
+                    await replica.flush()
+                except EmberfsError as problem:
+                    log.error("target %d: background flush: %s", self.target, problem)
+
+
+def chain_of_target(snapshot: RoutingSnapshot, target: TargetId) -> Chain | None:
+    """Return the chain that a target belongs to."""
+    status = snapshot.targets.get(target)
+    chain = snapshot.chains.get(status.chain) if status is not None else None
+    if chain is not None and _has(chain.targets, target):
+        return chain
+    return next((c for c in snapshot.chains.values() if _has(c.targets, target)), None)
+
+
+def _has(members: tuple[ChainTarget, ...], target: TargetId) -> bool:
+    return any(member.target == target for member in members)

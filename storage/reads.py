@@ -1,0 +1,284 @@
+"""Batched reads: from the page cache at once, the rest in one thread, disputed chunks by the tail.
+
+A read of the committed version takes effect when the chunk was found undisputed, even where the
+bytes come from a thread later; a read of a disputed chunk when the tail answered (readrule.py).
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from emberfs.fabric.call import ServerCall
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.ids import MS, SECOND, ChainVersion, ChunkId, TargetId
+from emberfs.proto.storage_calls import (
+    ReadOp,
+    ReadResult,
+    pack_read_results,
+    unpack_read_ops,
+)
+from emberfs.runtime.env import Env
+from emberfs.storage.lasting import run_thread_to_end
+from emberfs.storage.links import Links
+from emberfs.storage.metrics import (
+    READ_BYTES,
+    READ_SECONDS,
+    READS_FAILED,
+    READS_OK,
+    TAIL_QUESTIONS,
+)
+from emberfs.storage.readrule import ABSENT, AGAIN, ReadPlan, plan_read, settle_read
+from emberfs.storage.replica import TargetReplica
+
+DISPUTE_NS_MAX = 2 * SECOND  # then the client is sent to another replica
+_AGAIN_PAUSE_NS = 1 * MS
+_NOTHING = ReadResult(0, 0, 0)
+
+
+class Reader:
+    """Answers READ_BATCH and VERSION for all targets of this process."""
+
+    def __init__(
+        self,
+        env: Env,
+        replicas: Mapping[TargetId, TargetReplica],
+        links: Links,
+        lease_ok: Callable[[], bool],
+        damaged: Callable[[TargetReplica, ChunkId], None],
+    ) -> None:
+        self._env = env
+        self._replicas = replicas
+        self._links = links
+        self._lease_ok = lease_ok
+        self._damaged = damaged
+
+    async def read_batch(self, call: ServerCall) -> bytes:
+        """The handler of READ_BATCH."""
+        started_ns = self._env.now_ns()
+        operations = unpack_read_ops(call.body)
+        sinks = call.sinks
+        if len(operations) != len(sinks):
+            text = f"{len(operations)} reads with {len(sinks)} sinks"
+            raise EmberfsError(Code.MALFORMED, text)
+        await self._catch_up(operations)
+        results: list[ReadResult | None] = [None] * len(operations)
+        cold, disputed = self._read_cached(operations, sinks, results)
+        if cold:
+            await run_thread_to_end(
+                self._env, lambda: self._read_cold(cold, operations, sinks, results)
+            )
+        if disputed:
+            deadline_ns = min(call.deadline_ns, started_ns + DISPUTE_NS_MAX)
+            found = await asyncio.gather(
+                *(self._read_disputed(operations[i], sinks[i], deadline_ns) for i in disputed)
+            )
+            for i, result in zip(disputed, found, strict=True):
+                results[i] = result
+        return self._answer(call, operations, results, started_ns)
+
+    async def version(self, target: TargetId, chain_version: ChainVersion, chunk: ChunkId) -> int:
+        """Tell the committed version, as the tail. NOT_SERVING if we are not the tail."""
+        replica = self._replicas.get(target)
+        if replica is None:
+            raise EmberfsError(Code.NOT_SERVING, f"target {target} is not open here")
+        await replica.catch_up(chain_version)
+        while True:
+            self._check(replica, chain_version)
+            if not replica.view.tail_here:
+                raise EmberfsError(Code.NOT_SERVING, f"target {target} is not the tail")
+            state = replica.store.state(chunk)
+            plan = plan_read(state, replica.is_exposed(chunk), replica.view)
+            if plan == ReadPlan.COMMITTED:
+                return state.version if state is not None else 0
+            await replica.finish(chunk)
+
+    # -------------------------------------------------------- the fast path
+
+    async def _catch_up(self, operations: Sequence[ReadOp]) -> None:
+        for operation in operations:
+            replica = self._replicas.get(operation.target)
+            if replica is not None and operation.chain_version > replica.view.chain_version:
+                await replica.catch_up(operation.chain_version)
+
+    def _read_cached(
+        self,
+        operations: Sequence[ReadOp],
+        sinks: Sequence[memoryview],
+        results: list[ReadResult | None],
+    ) -> tuple[list[int], list[int]]:
+        """Read what is in memory; return the places of cold and of disputed chunks."""
+        cold: list[int] = []
+        disputed: list[int] = []
+        for i, operation in enumerate(operations):
+            chunk = operation.chunk
+            try:
+                replica = self._replica(operation, sinks[i])
+                if replica.is_disputed(ChunkId(chunk)):
+                    disputed.append(i)
+                    continue
+                outcome = replica.store.try_read_into(
+                    chunk,
+                    version=0,
+                    offset=operation.offset,
+                    length=operation.length,
+                    sink=sinks[i],
+                )
+            except EmberfsError as problem:
+                results[i] = self._failed(operation, problem)
+                continue
+            if outcome is None:
+                cold.append(i)
+            else:
+                results[i] = ReadResult(0, outcome.length, outcome.version)
+        return cold, disputed
+
+    def _read_cold(
+        self,
+        places: Sequence[int],
+        operations: Sequence[ReadOp],
+        sinks: Sequence[memoryview],
+        results: list[ReadResult | None],
+    ) -> None:
+        """Read from the disk, in a thread."""
+        for i in places:
+            operation = operations[i]
+            try:
+                outcome = self._replicas[operation.target].store.read_into(
+                    operation.chunk,
+                    version=0,
+                    offset=operation.offset,
+                    length=operation.length,
+                    sink=sinks[i],
+                )
+                results[i] = ReadResult(0, outcome.length, outcome.version)
+            except EmberfsError as problem:
+                results[i] = ReadResult(problem.code, 0, 0)
+
+    def _answer(
+        self,
+        call: ServerCall,
+        operations: Sequence[ReadOp],
+        results: Sequence[ReadResult | None],
+        started_ns: int,
+    ) -> bytes:
+        total = failed = 0
+        done = [result or _NOTHING for result in results]
+        for i, result in enumerate(done):
+            if result.code:
+                failed += 1
+                self._look_into(operations[i], result.code)
+            elif result.length:
+                total += result.length
+                call.fill(i, result.length)
+        READS_OK.inc(len(done) - failed)
+        if failed:
+            READS_FAILED.inc(failed)
+        READ_BYTES.inc(total)
+        READ_SECONDS.observe((self._env.now_ns() - started_ns) / 1e9)
+        return pack_read_results(done)
+
+    # -------------------------------------------------------- disputed chunks
+
+    async def _read_disputed(
+        self, operation: ReadOp, sink: memoryview, deadline_ns: int
+    ) -> ReadResult:
+        try:
+            while True:
+                replica = self._replica(operation, sink)
+                version = await self._agree(replica, operation, deadline_ns)
+                if version == ABSENT:
+                    return _NOTHING
+                if version == AGAIN:
+                    await self._env.sleep_ns(_AGAIN_PAUSE_NS)
+                    continue
+                result = await self._read_version(replica, operation, version, sink)
+                if result is not None:
+                    return result
+        except EmberfsError as problem:
+            return self._failed(operation, problem)
+
+    async def _agree(self, replica: TargetReplica, operation: ReadOp, deadline_ns: int) -> int:
+        """Find the version to read: 0 for the committed one, ABSENT, AGAIN or a number."""
+        chunk = ChunkId(operation.chunk)
+        if self._env.now_ns() > deadline_ns:
+            raise EmberfsError(Code.BUSY, "the chunk's update takes too long")
+        plan = plan_read(replica.store.state(chunk), replica.is_exposed(chunk), replica.view)
+        if plan == ReadPlan.COMMITTED:
+            return 0
+        if plan == ReadPlan.WAIT:
+            await self._wait(replica, chunk, deadline_ns)
+            return AGAIN
+        TAIL_QUESTIONS.inc()
+        view = replica.view
+        try:
+            tail_version = await self._links.tail_version(view.tail, view.chain_version, chunk)
+        except EmberfsError as problem:
+            text = f"the tail does not answer: {problem.message}"
+            raise EmberfsError(Code.BUSY, text) from None
+        self._check(replica, operation.chain_version)
+        return settle_read(replica.store.state(chunk), tail_version)
+
+    async def _wait(self, replica: TargetReplica, chunk: ChunkId, deadline_ns: int) -> None:
+        left_ns = max(deadline_ns - self._env.now_ns(), MS)
+        try:
+            async with asyncio.timeout(left_ns / SECOND):
+                await replica.finish(chunk)
+        except TimeoutError:
+            raise EmberfsError(Code.BUSY, "the chunk's update takes too long") from None
+
+    async def _read_version(
+        self, replica: TargetReplica, operation: ReadOp, version: int, sink: memoryview
+    ) -> ReadResult | None:
+        """Read one version; None when it is gone, because the chunk has moved on."""
+        store, chunk = replica.store, operation.chunk
+        offset, length = operation.offset, operation.length
+        try:
+            outcome = store.try_read_into(
+                chunk, version=version, offset=offset, length=length, sink=sink
+            )
+            if outcome is None:
+                outcome = await run_thread_to_end(
+                    self._env,
+                    lambda: store.read_into(
+                        chunk, version=version, offset=offset, length=length, sink=sink
+                    ),
+                )
+        except EmberfsError as problem:
+            if problem.code == Code.VERSION_GAP:
+                return None
+            raise
+        if version not in (0, outcome.version):
+            return None
+        return ReadResult(0, outcome.length, outcome.version)
+
+    # -------------------------------------------------------- who may be read
+
+    def _replica(self, operation: ReadOp, sink: memoryview) -> TargetReplica:
+        replica = self._replicas.get(operation.target)
+        if replica is None:
+            raise EmberfsError(Code.NOT_SERVING, f"target {operation.target} is not open here")
+        if operation.length != len(sink):
+            raise EmberfsError(Code.INVALID, "the length of a read differs from its sink")
+        self._check(replica, operation.chain_version)
+        return replica
+
+    def _check(self, replica: TargetReplica, chain_version: ChainVersion) -> None:
+        if not replica.state.serves:
+            text = f"target {replica.target} is {replica.view.public.name}"
+            raise EmberfsError(Code.NOT_SERVING, text)
+        if chain_version != replica.view.chain_version:
+            text = f"the chain is at version {replica.view.chain_version} here"
+            raise EmberfsError(Code.CHAIN_VERSION, text)
+        if not self._lease_ok():
+            raise EmberfsError(Code.NOT_SERVING, "this node has not reached mgmtd for too long")
+
+    def _failed(self, operation: ReadOp, problem: EmberfsError) -> ReadResult:
+        return ReadResult(problem.code, 0, 0)
+
+    def _look_into(self, operation: ReadOp, code: int) -> None:
+        replica = self._replicas.get(operation.target)
+        if replica is None:
+            return
+        if code == Code.CHECKSUM:
+            self._damaged(replica, ChunkId(operation.chunk))
+        elif code == Code.DISK:
+            replica.fail("a read failed with an I/O error")

@@ -1,0 +1,69 @@
+"""Two inventories in, a list of transfers out [pure].
+
+The predecessor of a SYNCING target is authoritative: whatever differs there is replaced in full.
+3FS has rows in this table that end in a fatal error (a successor that is ahead, equal versions with
+unequal checksums); here every row has an end.
+
+    there \\ here     absent              present
+    absent           -                   copy
+    present          remove              same version and digest, nothing pending there: keep
+                                         anything else: copy
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from emberfs.proto.ids import ChunkId
+from emberfs.proto.storage_calls import ChunkRow
+
+END = b""  # as a page's `next`: nothing follows
+
+
+class Transfer(msgspec.Struct, frozen=True, gc=False):
+    """One chunk to make equal there; the content is read again when its turn comes."""
+
+    chunk: ChunkId
+    length: int  # bytes here, 0 when it is absent
+
+
+class Comparison(msgspec.Struct, frozen=True, gc=False):
+    """What a pair of pages says."""
+
+    transfers: tuple[Transfer, ...]
+    same_bytes: int  # data that is equal already
+
+
+def common_end(own_next: bytes, their_next: bytes) -> bytes:
+    """Return up to where both pages are complete; END if both reach the end."""
+    if own_next == END:
+        return their_next
+    if their_next == END:
+        return own_next
+    return min(own_next, their_next)
+
+
+def compare(own: Sequence[ChunkRow], theirs: Sequence[ChunkRow], stop: bytes) -> Comparison:
+    """Compare two pages with the same start, up to `stop` (exclusive; END for no bound)."""
+    mine = {row.chunk: row for row in own if stop == END or row.chunk < stop}
+    others = {row.chunk: row for row in theirs if stop == END or row.chunk < stop}
+    transfers: list[Transfer] = []
+    same_bytes = 0
+    for chunk in sorted(mine.keys() | others.keys()):
+        here, there = mine.get(chunk), others.get(chunk)
+        if here is not None and there is not None and _equal(here, there):
+            same_bytes += here.length
+        elif there is not None or (here is not None and here.version):
+            transfers.append(Transfer(chunk, here.length if here is not None else 0))
+    return Comparison(tuple(transfers), same_bytes)
+
+
+def _equal(here: ChunkRow, there: ChunkRow) -> bool:
+    # Our own pending version does not count: it will be forwarded in full when it moves on.
+    return (
+        here.version == there.version
+        and here.length == there.length
+        and here.digest == there.digest
+        and there.pending == 0
+        and not there.damaged
+    )

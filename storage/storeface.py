@@ -1,0 +1,144 @@
+"""What replication needs of a chunk store: chunks.ChunkStore, or a fake of it in tests."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from emberfs.proto.ids import ChunkId
+from emberfs.proto.storage_calls import ChunkRow, RememberedWrite, UpdateKind
+from emberfs.storage.chunk_events import State
+
+
+class ReadOutcome(Protocol):
+    """What a read found."""
+
+    @property
+    def length(self) -> int:
+        """Bytes filled."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Version that was read; 0 for an absent chunk."""
+        ...
+
+
+class Findings(Protocol):
+    """What a check of the store found."""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        ...
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks they own."""
+        ...
+
+    @property
+    def findings(self) -> Sequence[str]:
+        """What is wrong, in words."""
+        ...
+
+
+class Store(Protocol):
+    """What replication needs of chunks.ChunkStore."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in use on the disk."""
+        ...
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What this store could hold at most."""
+        ...
+
+    def state(self, chunk: ChunkId) -> State | None:
+        """Return the committed and pending version."""
+        ...
+
+    def is_quick(
+        self, kind: UpdateKind, length: int, *, chunk: ChunkId | None = None, offset: int = 0
+    ) -> bool:
+        """Tell whether preparing such an update may run on the event loop."""
+        ...
+
+    def prepare(
+        self,
+        chunk: ChunkId,
+        kind: UpdateKind,
+        *,
+        version: int,
+        offset: int,
+        length: int,
+        data: memoryview | None,
+        chunk_bytes: int,
+        remembered: tuple[RememberedWrite, ...],
+        replace_exists: bool = True,
+    ) -> None:
+        """Write a pending version."""
+        ...
+
+    def prepare_and_commit(
+        self,
+        chunk: ChunkId,
+        kind: UpdateKind,
+        *,
+        version: int,
+        offset: int,
+        length: int,
+        data: memoryview | None,
+        chunk_bytes: int,
+        remembered: tuple[RememberedWrite, ...],
+        replace_exists: bool = True,
+    ) -> None:
+        """Write a committed version in one batch."""
+        ...
+
+    def commit(self, chunk: ChunkId, version: int) -> None:
+        """Commit the pending version."""
+        ...
+
+    def discard(self, chunk: ChunkId) -> None:
+        """Drop the pending version."""
+        ...
+
+    def read_into(
+        self, chunk: ChunkId, *, version: int, offset: int, length: int, sink: memoryview
+    ) -> ReadOutcome:
+        """Read a version; 0 for the committed one. Blocks."""
+        ...
+
+    def try_read_into(
+        self, chunk: ChunkId, *, version: int, offset: int, length: int, sink: memoryview
+    ) -> ReadOutcome | None:
+        """Read without blocking, or return None."""
+        ...
+
+    def flush(self) -> None:
+        """Make everything stable. Blocks."""
+        ...
+
+    @property
+    def need_flush(self) -> bool:
+        """Whether so much waits for a flush that one should run now."""
+        ...
+
+    def pending_chunks(self) -> list[ChunkId]:
+        """Chunks with a pending version."""
+        ...
+
+    def list(
+        self, start: bytes, stop: bytes, limit: int, verify: bool = False
+    ) -> tuple[list[ChunkRow], bytes]:
+        """Page through the inventory. Blocks."""
+        ...
+
+    def check(self) -> Findings:
+        """Compare bitmaps with records. Blocks."""
+        ...
+
+    def close(self) -> None:
+        """Release the store. Blocks."""
+        ...
