@@ -178,7 +178,11 @@ class StreamPeer:
         stream.send(head)
         if pulled.streamed:
             pending.place = stream.send_payload(pulled.views)
-        self._sweeper.arm(now_ns, deadline_ns)
+        if len(self._pending) == 1:
+            stream.flush()  # nobody to share the system call with: do not wait for the next turn
+            pending.sent_before = stream.sent_bytes
+        if self._problem is None:
+            self._sweeper.arm(now_ns, deadline_ns)
         return request, pending
 
     def _share(self, region: Region) -> bool:
@@ -301,7 +305,7 @@ class StreamPeer:
         stream = self._stream
         assert stream is not None
         if pending.place[1] > stream.sent_bytes:
-            stream.withdraw(pending.place)  # answered before it had heard everything
+            stream.withdraw(pending.place)  # given up, or answered early
         if pending.sinks.streamed >= LARGE_BYTES:
             self._large -= 1
             stream.expect_large = self._large > 0
@@ -327,7 +331,6 @@ class StreamPeer:
         if self._stalled(pending, now_ns):
             self._shut("the server takes no more data")
             return
-        stream.withdraw(pending.place)
         stream.send(frame.encode_header(Kind.CANCEL, request))
         receiving = stream.receiving
         if receiving is not None and receiving.request == request:

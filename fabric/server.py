@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from emberfs.fabric.buffers import BufferPool
 from emberfs.fabric.call import Handler
-from emberfs.fabric.endpoint import Listener
+from emberfs.fabric.endpoint import Listener, Transport
 from emberfs.fabric.session import Session
-from emberfs.fabric.transports import transport_of
+from emberfs.fabric.transports import TRANSPORTS, transport_of
 from emberfs.proto.ids import MS, MiB
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
@@ -33,10 +33,12 @@ class Server:
         *,
         name: str,
         pool: BufferPool | None = None,
+        transports: Mapping[str, Transport] = TRANSPORTS,
     ) -> None:
         self.env = env
         self.name = name
         self.handlers = handlers
+        self._transports = transports
         self._own_pool = pool is None
         self.pool = pool if pool is not None else BufferPool(POOL_BYTES_DEFAULT)
         self.tasks = TaskSet()
@@ -50,7 +52,7 @@ class Server:
         "tcp://127.0.0.1:0" takes a free port, "shm:///path" gains the host key. Raises OSError
         when the address cannot be had and CONFIG when it is not one.
         """
-        listener = await transport_of(endpoint).listen(self, endpoint)
+        listener = await transport_of(endpoint, self._transports).listen(self, endpoint)
         self._listeners.append(listener)
         return listener.endpoint
 

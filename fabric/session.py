@@ -457,8 +457,11 @@ class Session:
         self._give_back(call)
         if self._throttled:
             self._unthrottle()
-        if not self._calls and self._ending is not None:
-            self._say_last()
+        if not self._calls:
+            if self._ending is not None:
+                self._say_last()
+            elif self._stream is not None:
+                self._stream.flush()  # the last of a batch: do not wait for the next turn
 
     # ------------------------------------------------------------ time
 
@@ -478,7 +481,7 @@ class Session:
         elif now_ns - self._moved_ns >= STALL_NS:
             self._give_up("takes no data")
         self._tally.publish(stream.sent_bytes)
-        if self._calls or stream.queued_bytes or not self._greeted:
+        if not stream.closed and (self._calls or stream.queued_bytes or not self._greeted):
             self._sweeper.arm(now_ns, now_ns + SECOND)
 
     def _give_up(self, why: str) -> None:

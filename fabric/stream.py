@@ -469,6 +469,7 @@ class Stream:
             if isinstance(piece, _WithFd):
                 os.close(piece.fd)
         self._out.clear()
+        self._queued = self._sent
         self._targets.clear()
         self._in_payload = False
         actions, self._on_sent = self._on_sent, deque()

@@ -442,7 +442,7 @@ async def connections_leak_nothing(b: Bench) -> None:
     await (await b.peer()).close()
     await asyncio.sleep(0.02)
     before = descriptors()
-    for _ in range(300):
+    for _ in range(1000):
         await b.call(FILL, sinks=[region.slice(0, 16)])
         await (await b.peer()).close()
     assert not region.watchers

@@ -23,7 +23,17 @@ from emberfs.fabric.region import Region
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, KiB, MiB
 from emberfs.runtime.real import RealEnv
-from unit.fabric_conformance import ECHO, FILL, GATE, TRANSPORTS, Bench, bench, expect, until
+from unit.fabric_conformance import (
+    ECHO,
+    FILL,
+    GATE,
+    SCRIBBLE,
+    TRANSPORTS,
+    Bench,
+    bench,
+    expect,
+    until,
+)
 
 HELLO = frame.encode_hello(Hello(frame.PROTOCOL_VERSION, "elsewhere", "attacker"))
 
@@ -144,6 +154,29 @@ def test_malformed_frame_costs_one_connection_and_one_log_line(
         run(transport, scenario)
     assert len(caplog.records) == 1, caplog.text
     assert "closing the connection" in caplog.text
+
+
+def test_connection_is_not_closed_while_a_handler_uses_the_callers_memory() -> None:
+    """A caller takes the end of the connection for the end of all access to its memory."""
+
+    async def scenario(b: Bench) -> None:
+        caller = await RawCaller.connect(b)
+        fd = memfd()
+        send_with_fd(caller.sock, register(fd), fd)
+        await caller.send(request(SCRIBBLE, sinks=(7, 0, 4096)))
+        await asyncio.sleep(0.02)
+        await caller.send(bytes(48))
+        header, _ = await caller.receive()  # the handler's own end comes first
+        assert (header.kind, header.request) == (Kind.ERROR, 1)
+        assert (await caller.error()).code is Code.MALFORMED
+        assert b.cancelled == 1
+        os.pwrite(fd, bytes(4096), 0)
+        assert await caller.at_end()
+        assert os.pread(fd, 4096, 0) == bytes(4096)
+        os.close(fd)
+        caller.sock.close()
+
+    run("shm", scenario)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
