@@ -99,6 +99,7 @@ class Stream:
         self._in_payload = False
         self._waiting_for_owner = False
         self._paused = False
+        self._unparsed = False  # frames were left in the scratch buffer by a pause
         self._lingering = False
         # sending
         self._out: deque[_Piece] = deque()
@@ -123,6 +124,8 @@ class Stream:
             self._paused = False
             self._loop.add_reader(self._fd, self._readable)
             if self._end > self._start:
+                # Frames wait in the scratch buffer: they come before anything newly received.
+                self._unparsed = True
                 self._loop.call_soon(self._parse_guarded)
 
     def provide(self, destinations: Sequence[memoryview]) -> None:
@@ -148,6 +151,9 @@ class Stream:
 
     def _readable(self) -> None:
         try:
+            if self._unparsed:
+                self._unparsed = False
+                self._parse()
             for _ in range(_ROUNDS_PER_WAKE):
                 if self.closed or self._paused or not self._receive():
                     return
@@ -228,6 +234,9 @@ class Stream:
         self._parse()
 
     def _parse_guarded(self) -> None:
+        if not self._unparsed:
+            return
+        self._unparsed = False
         try:
             self._parse()
         except EmberfsError as problem:

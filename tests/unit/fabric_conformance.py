@@ -6,10 +6,13 @@ every transport. A new transport adds its name to TRANSPORTS and passes, or it i
 
 import asyncio
 import os
+import random
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,6 +156,8 @@ class Bench:
 
 @asynccontextmanager
 async def bench(transport: str, pool: BufferPool | None = None) -> AsyncIterator[Bench]:
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
     with tempfile.TemporaryDirectory() as directory:
         made = Bench(transport, Path(directory))
         await made.start(pool)
@@ -161,6 +166,7 @@ async def bench(transport: str, pool: BufferPool | None = None) -> AsyncIterator
         finally:
             await made.peers.close()
             await made.stop()
+    assert not problems, problems[0]
 
 
 async def expect(code: Code, work: Awaitable[object]) -> EmberfsError:
@@ -450,6 +456,57 @@ async def connections_leak_nothing(b: Bench) -> None:
     region.close()
 
 
+async def random_calls_and_a_small_pool(b: Bench) -> None:
+    """Many callers with all sizes, short deadlines and cancellations: memory stays theirs."""
+    await b.stop()
+    pool = BufferPool(4 * MiB)
+    await b.start(pool)
+    dice = random.Random(3)
+    outcomes: Counter[str] = Counter()
+
+    async def one(region: Region, plain: memoryview) -> None:
+        sinks: list[Buffer] = []
+        at = 0
+        for _ in range(dice.randrange(6)):
+            size = dice.choice([10, 4096, 100_000])
+            shared = dice.random() < 0.6
+            sinks.append(region.slice(at, size) if shared else plain[at : at + size])
+            at += size
+        source = plain[: dice.choice([0, 1, 500_000])]
+        method = dice.choice([HALF, FILL, SLEEP])
+        timeout_ns = dice.choice([3 * MS, 20 * MS, 5 * SECOND])
+        work = b.call(method, b"10", [source, region.slice(0, 5000)], sinks, timeout_ns)
+        task = asyncio.ensure_future(work)
+        if dice.random() < 0.15:
+            await asyncio.sleep(dice.random() * 0.01)
+            task.cancel()
+        await asyncio.wait([task])
+        problem = None if task.cancelled() else task.exception()
+        name = "CANCELLED" if task.cancelled() else "OK"
+        outcomes[problem.code.name if isinstance(problem, EmberfsError) else name] += 1
+        if name == "OK" and problem is None and method == FILL:
+            views = [s.view if isinstance(s, Slice) else s for s in sinks]
+            assert all(v == bytes([i + 1]) * len(v) for i, v in enumerate(views))
+        region.view[:] = plain[:] = b"\xff" * MiB
+        await asyncio.sleep(0)
+        assert region.view == plain == b"\xff" * MiB
+
+    async def caller() -> None:
+        region, plain = Region(MiB), memoryview(bytearray(MiB))
+        for _ in range(15):
+            await one(region, plain)
+            if region.abandoned:
+                region = Region(MiB)
+        region.close()
+
+    await asyncio.gather(*(caller() for _ in range(16)))
+    assert outcomes["OK"] > 20
+    assert set(outcomes) <= {"OK", "TIMEOUT", "CANCELLED", "OVERLOADED", "DISCONNECTED"}
+    await until(lambda: pool.taken_bytes == 0)
+    await b.stop()
+    pool.close()
+
+
 SCENARIOS = [
     bodies_come_back,
     sources_are_pulled,
@@ -471,6 +528,7 @@ SCENARIOS = [
     draining_lets_calls_finish,
     closing_the_peer_fails_pending_calls,
     connections_leak_nothing,
+    random_calls_and_a_small_pool,
 ]
 
 BASICS = SCENARIOS[:9]
