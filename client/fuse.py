@@ -1,0 +1,196 @@
+"""The FUSE daemon: mounts the cluster, serves the kernel until it is told to stop, unmounts."""
+
+import asyncio
+import logging
+import os
+import signal
+
+import msgspec
+import pyfuse3
+
+from emberfs.client import mountpoint, readable
+from emberfs.client.cluster import Cluster
+from emberfs.client.fuse_metrics import FuseMetrics
+from emberfs.client.fuse_operations import CachePolicy, EmberOperations
+from emberfs.client.metadata import Metadata
+from emberfs.client.openfile import OpenFiles
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.ids import SECOND, MiB
+from emberfs.runtime.env import Env
+from emberfs.runtime.service import run_service
+from emberfs.runtime.tasks import TaskSet
+
+log = logging.getLogger("emberfs.client.fuse")
+
+WORKERS_MIN = 8  # workers that stay parked; fewer means starting tasks all the time
+WORKERS_MAX = 256  # requests in progress at once; each holds a buffer of 1 MiB once it was used
+ANSWER_TIMEOUT_S = 10.0
+FLUSH_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 2.0
+
+
+class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of a mount."""
+
+    cluster: str
+    mgmtd: tuple[str, ...]  # "10.0.0.1:9000"
+    mountpoint: str
+    attr_timeout_s: float = 1.0  # how long the kernel believes attributes ...
+    entry_timeout_s: float = 1.0  # ... and names that exist
+    request_timeout_s: float = 60.0  # then the application gets ETIMEDOUT
+    connect_timeout_s: float = 10.0
+    read_ahead_bytes: int = 8 * MiB  # of the kernel, per open file
+    writeback: bool = False  # the kernel gathers small writes; other clients see them later
+    allow_other: bool = True  # other users may enter the mount; only where root mounts
+    metrics_port: int = 0
+    log_level: str = "INFO"
+
+
+class Mount:
+    """A mounted session: pyfuse3's workers on the running event loop."""
+
+    def __init__(self, env: Env, operations: EmberOperations, place: str) -> None:
+        self._env = env
+        self._operations = operations
+        self._place = place
+        self._tasks = TaskSet()
+        self.session: asyncio.Task[None] | None = None
+
+    async def start(self, options: set[str], read_ahead_bytes: int) -> None:
+        """Mount and wait until the mount answers. Raises EmberfsError."""
+        try:
+            pyfuse3.init(self._operations, self._place, options)
+        except RuntimeError as problem:
+            raise EmberfsError(
+                Code.CONFIG, f"{self._place}: mounting failed ({problem}); see the line above"
+            ) from None
+        readable.enable()
+        self.session = self._tasks.spawn(
+            pyfuse3.main(min_tasks=WORKERS_MIN, max_tasks=WORKERS_MAX), name="fuse session"
+        )
+        self._tasks.spawn(self._operations.requests.sweep(), name="fuse deadlines")
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._env.run_blocking(lambda: os.stat(self._place))
+        except (TimeoutError, OSError) as problem:
+            raise EmberfsError(
+                Code.TIMEOUT, f"{self._place}: mounted, but it does not answer: {problem}"
+            ) from None
+        await self._env.run_blocking(lambda: mountpoint.tune(self._place, read_ahead_bytes))
+
+    async def stop(self) -> None:
+        """Unmount (detach if it is busy), let running requests finish for a moment, end."""
+        if self.session is None:
+            return
+        gone = await self._env.run_blocking(self._unmount)
+        if not self.session.done():
+            pyfuse3.terminate()
+            await asyncio.wait({self.session}, timeout=END_TIMEOUT_S)
+        await self._tasks.close()
+        # Closing the descriptor answers what is still waiting in the kernel with ECONNABORTED.
+        pyfuse3.close(unmount=not gone)
+        self.session = None
+
+    def _unmount(self) -> bool:
+        return mountpoint.unmount(self._place) or mountpoint.unmount(self._place, lazy=True)
+
+
+class FuseService:
+    """The process: cluster connection, mount, metrics."""
+
+    def __init__(self, config: FuseConfig, env: Env) -> None:
+        self._config = config
+        self._env = env
+        self._metrics = FuseMetrics()
+        self._cluster: Cluster | None = None
+        self._mount: Mount | None = None
+
+    async def start(self) -> None:
+        """Check the mount point, connect, mount."""
+        config = self._config
+        place = await self._env.run_blocking(lambda: mountpoint.prepare(config.mountpoint))
+        self._cluster = await self._connect()
+        operations = self._operations(self._cluster.metadata, self._cluster.files)
+        self._mount = Mount(self._env, operations, place)
+        await self._mount.start(mount_options(config), config.read_ahead_bytes)
+        assert self._mount.session is not None
+        self._mount.session.add_done_callback(_leave)
+        self._metrics.register()
+        log.info("mounted at %s", place)
+
+    async def stop(self) -> None:
+        """Push everything to the servers, unmount, say goodbye."""
+        try:
+            if self._cluster is not None and self._mount is not None:
+                await self._flush(self._cluster.files)
+            if self._mount is not None:
+                await self._mount.stop()
+        finally:
+            if self._cluster is not None:
+                await self._cluster.close()
+
+    async def _connect(self) -> Cluster:
+        config = self._config
+        timeout_ns = int(config.connect_timeout_s * SECOND)
+        where = ", ".join(config.mgmtd)
+        try:
+            async with asyncio.timeout(config.connect_timeout_s + 1):
+                return await Cluster.open(
+                    self._env, config.mgmtd, config.cluster, timeout_ns=timeout_ns
+                )
+        except TimeoutError:
+            raise EmberfsError(
+                Code.UNREACHABLE,
+                f"cluster {config.cluster!r}: no answer from mgmtd at {where} within "
+                f"{config.connect_timeout_s:.0f} s; is it running?",
+            ) from None
+        except EmberfsError as problem:
+            if any(address in problem.message for address in config.mgmtd):
+                raise
+            raise EmberfsError(problem.code, f"mgmtd at {where}: {problem.message}") from None
+
+    def _operations(self, metadata: Metadata, files: OpenFiles) -> EmberOperations:
+        config = self._config
+        policy = CachePolicy(
+            attr_timeout_s=config.attr_timeout_s,
+            entry_timeout_s=config.entry_timeout_s,
+            writeback=config.writeback,
+            request_timeout_ns=int(config.request_timeout_s * SECOND),
+        )
+        return EmberOperations(self._env, metadata, files, policy, self._metrics)
+
+    async def _flush(self, files: OpenFiles) -> None:
+        try:
+            async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                await files.flush_all()
+        except (TimeoutError, EmberfsError) as problem:
+            log.error("not everything could be written before the end: %s", problem or "too slow")
+
+
+def mount_options(config: FuseConfig) -> set[str]:
+    """Options of the mount (mount.fuse3(8))."""
+    # No max_read: libfuse wants it in the INIT reply too, out of pyfuse3's reach; 1 MiB anyway.
+    options = {"default_permissions", "fsname=emberfs", "subtype=emberfs"}
+    if config.allow_other and os.geteuid() == 0:
+        options.add("allow_other")
+    return options
+
+
+def _leave(session: asyncio.Task[None]) -> None:
+    """Somebody unmounted it (umount, fusermount3 -u): the process has nothing left to do."""
+    if not session.cancelled():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def build(config: FuseConfig, env: Env) -> FuseService:
+    """Make the service of a configuration."""
+    return FuseService(config, env)
+
+
+def main() -> None:
+    """Run emberfs-fuse."""
+    run_service("emberfs-fuse", FuseConfig, build)
+
+
+if __name__ == "__main__":
+    main()

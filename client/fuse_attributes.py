@@ -1,0 +1,97 @@
+"""Inodes and space as the kernel wants them, and what it wants changed."""
+
+import errno
+from typing import TypedDict
+
+import pyfuse3
+
+from emberfs.proto.files import NAME_BYTES_MAX, Inode
+from emberfs.proto.ids import KiB
+from emberfs.proto.meta_calls import StatfsAnswer
+
+BLOCK_BYTES = 4 * KiB
+IO_BYTES = 128 * KiB  # st_blksize: what cp, Python and stdio take as their buffer
+FREE_INODES = 1 << 32  # there is no limit; programs want to see a number
+
+_SECTOR_BYTES = 512
+
+
+class Changes(TypedDict, total=False):
+    """Keyword arguments of a setattr; what is absent stays."""
+
+    mode: int
+    uid: int
+    gid: int
+    length: int
+    atime_ns: int
+    mtime_ns: int
+
+
+def attributes(
+    inode: Inode, attr_timeout_s: float, entry_timeout_s: float
+) -> pyfuse3.EntryAttributes:
+    """Translate an inode. st_blocks is what the length needs; holes are not known here."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = inode.id
+    entry.generation = inode.generation
+    entry.attr_timeout = attr_timeout_s
+    entry.entry_timeout = entry_timeout_s
+    entry.st_mode = inode.mode
+    entry.st_nlink = inode.nlink
+    entry.st_uid = inode.uid
+    entry.st_gid = inode.gid
+    entry.st_rdev = inode.rdev
+    entry.st_size = inode.length
+    entry.st_blksize = IO_BYTES
+    entry.st_blocks = -(-inode.length // _SECTOR_BYTES)
+    entry.st_atime_ns = inode.atime_ns
+    entry.st_mtime_ns = inode.mtime_ns
+    entry.st_ctime_ns = inode.ctime_ns
+    return entry
+
+
+def bare_entry(inode: int, mode: int) -> pyfuse3.EntryAttributes:
+    """Number and type only, as "." and ".." of a listing need."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = inode
+    entry.st_mode = mode
+    entry.attr_timeout = 0
+    entry.entry_timeout = 0
+    return entry
+
+
+def changes(wanted: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> Changes:
+    """What a setattr request asks for. A ctime of one's own is not supported, as in POSIX."""
+    found = Changes()
+    if fields.update_mode:
+        found["mode"] = wanted.st_mode & 0o7777
+    if fields.update_uid:
+        found["uid"] = wanted.st_uid
+    if fields.update_gid:
+        found["gid"] = wanted.st_gid
+    if fields.update_size:
+        found["length"] = wanted.st_size
+    if fields.update_atime:
+        found["atime_ns"] = _time(wanted.st_atime_ns)
+    if fields.update_mtime:
+        found["mtime_ns"] = _time(wanted.st_mtime_ns)
+    return found
+
+
+def space(answer: StatfsAnswer) -> pyfuse3.StatvfsData:
+    """Translate space and inodes."""
+    data = pyfuse3.StatvfsData()
+    data.f_bsize = data.f_frsize = BLOCK_BYTES
+    data.f_blocks = answer.total_bytes // BLOCK_BYTES
+    data.f_bfree = data.f_bavail = answer.free_bytes // BLOCK_BYTES
+    data.f_files = answer.inodes + FREE_INODES
+    data.f_ffree = data.f_favail = FREE_INODES
+    data.f_namemax = NAME_BYTES_MAX
+    return data
+
+
+def _time(stamp_ns: int) -> int:
+    """-1 means the server's clock to meta, so times before 1970 are refused."""
+    if stamp_ns < 0:
+        raise pyfuse3.FUSEError(errno.EINVAL)
+    return stamp_ns

@@ -1,0 +1,471 @@
+"""FUSE requests translated into calls of the client; nothing is decided here but caching.
+
+What the kernel may cache: attributes and names for a configured time (1 s), missing names not at
+all, pages of a file until it is opened again and has changed meanwhile (close-to-open). POSIX and
+BSD locks stay with the kernel: they hold among the processes of one mount, not between machines.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, RequestContext
+
+from emberfs.client.callers import ROOT, Callers
+from emberfs.client.fuse_attributes import attributes, bare_entry, changes, space
+from emberfs.client.fuse_metrics import FuseMetrics
+from emberfs.client.fuse_requests import Requests, handler
+from emberfs.client.handles import (
+    PAGE_ROWS,
+    DirectoryHandle,
+    FileHandle,
+    HandleTable,
+    KnownInodes,
+    version,
+)
+from emberfs.client.metadata import Metadata
+from emberfs.client.openfile import OpenFile, OpenFiles
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import XATTR_NAME_BYTES_MAX, Inode
+from emberfs.proto.ids import SECOND, InodeId
+from emberfs.proto.meta_calls import ReaddirRow
+from emberfs.runtime.env import Env
+
+CAPABILITY = b"security.capability"
+
+
+class CachePolicy(NamedTuple):
+    """What the kernel may keep, and for how long."""
+
+    attr_timeout_s: float = 1.0
+    entry_timeout_s: float = 1.0
+    writeback: bool = False  # the kernel gathers small writes; other clients see them later
+    request_timeout_ns: int = 60 * SECOND
+
+
+class EmberOperations(pyfuse3.Operations):
+    """The request handlers of one mount."""
+
+    supports_dot_lookup = True
+    enable_acl = False
+
+    def __init__(
+        self,
+        env: Env,
+        metadata: Metadata,
+        files: OpenFiles,
+        policy: CachePolicy = CachePolicy(),  # noqa: B008 (immutable)
+        metrics: FuseMetrics | None = None,
+    ) -> None:
+        super().__init__()
+        self.metrics = metrics or FuseMetrics()
+        self.requests = Requests(env, self.metrics, policy.request_timeout_ns)
+        self.enable_writeback_cache = policy.writeback
+        self._metadata = metadata
+        self._files = files
+        self._policy = policy
+        self._callers = Callers(env)
+        self._known = KnownInodes()
+        self._open: HandleTable[FileHandle] = HandleTable()
+        self._listing: HandleTable[DirectoryHandle] = HandleTable()
+
+    # ------------------------------------------------------------ names and inodes
+
+    @handler
+    async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Find a name."""
+        caller = self._callers.of(ctx)
+        return self._entry(await self._metadata.lookup(caller, InodeId(parent), name))
+
+    async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
+        """Let go of inodes; never waits, never fails."""
+        for inode, count in inodes:
+            self._known.forget(inode, count)
+
+    @handler
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Attributes, with the length of our own writes that meta has not heard of yet."""
+        return self._attributes(await self._inode(inode))
+
+    @handler
+    async def setattr(
+        self,
+        inode: int,
+        attr: EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """chmod, chown, truncate, ftruncate, utimens."""
+        wanted = changes(attr, fields)
+        if not wanted:
+            return self._attributes(await self._inode(inode))
+        if "length" in wanted or "mtime_ns" in wanted:
+            self._known.of(inode).cached = None
+        caller = self._callers.of(ctx)
+        if fh is not None and "length" in wanted:
+            session = self._open.get(fh).file.session
+            found = await self._files.setattr(caller, InodeId(inode), session=session, **wanted)
+        else:
+            found = await self._files.setattr(caller, InodeId(inode), **wanted)
+        return self._attributes(found)
+
+    @handler
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """Target of a symlink, which never changes."""
+        known = self._known.of(inode)
+        if not known.symlink:
+            known.symlink = (await self._metadata.getattr(InodeId(inode))).symlink
+        if not known.symlink:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        return known.symlink
+
+    @handler
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a fifo, socket, device or empty file."""
+        caller = self._callers.of(ctx)
+        return self._entry(await self._metadata.mknod(caller, InodeId(parent), name, mode, rdev))
+
+    @handler
+    async def mkdir(
+        self, parent: int, name: bytes, mode: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a directory."""
+        caller = self._callers.of(ctx)
+        mode = stat.S_IFDIR | stat.S_IMODE(mode)
+        return self._entry(await self._metadata.mknod(caller, InodeId(parent), name, mode))
+
+    @handler
+    async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove a name; whoever has the file open keeps it."""
+        caller = self._callers.of(ctx)
+        await self._metadata.remove(caller, InodeId(parent), name, directory=False)
+
+    @handler
+    async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove an empty directory."""
+        caller = self._callers.of(ctx)
+        await self._metadata.remove(caller, InodeId(parent), name, directory=True)
+
+    @handler
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a symbolic link."""
+        caller = self._callers.of(ctx)
+        return self._entry(await self._metadata.symlink(caller, InodeId(parent), name, target))
+
+    @handler
+    async def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        """renameat2(2): plain, NOREPLACE or EXCHANGE."""
+        if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        caller = self._callers.of(ctx)
+        await self._metadata.rename(
+            caller, InodeId(parent), name, InodeId(new_parent), new_name, flags
+        )
+
+    @handler
+    async def link(
+        self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a hard link."""
+        caller = self._callers.of(ctx)
+        found = await self._metadata.link(caller, InodeId(inode), InodeId(new_parent), new_name)
+        return self._entry(found)
+
+    @handler
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Never refused here: the mount has default_permissions, so the kernel has checked."""
+        return True
+
+    # ------------------------------------------------------------ files
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a regular file; O_TRUNC comes along (FUSE_CAP_ATOMIC_O_TRUNC)."""
+        read, write = self._access_mode(flags)
+        found, file = await self._files.open(
+            self._callers.of(ctx),
+            InodeId(inode),
+            read=read,
+            write=write,
+            truncate=bool(flags & os.O_TRUNC),
+            direct=bool(flags & os.O_DIRECT),
+        )
+        return self._handle(found, file, flags, ctx.uid)
+
+    @handler
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Create and open in one go; without O_EXCL an existing file is opened."""
+        read, write = self._access_mode(flags)
+        found, file = await self._files.create(
+            self._callers.of(ctx),
+            InodeId(parent),
+            name,
+            stat.S_IMODE(mode),
+            read=read,
+            write=write,
+            exclusive=bool(flags & os.O_EXCL),
+            truncate=bool(flags & os.O_TRUNC),
+            direct=bool(flags & os.O_DIRECT),
+        )
+        entry = self._entry(found)
+        return self._handle(found, file, flags, ctx.uid), entry
+
+    @handler
+    async def read(  # type: ignore[override]  # pyfuse3 takes any buffer
+        self, fh: int, offset: int, size: int
+    ) -> memoryview:
+        """Read; short only at the end of the file."""
+        handle = self._open.get(fh)
+        data = await handle.file.read(offset, size, direct=handle.direct)
+        self.metrics.read_bytes += len(data)
+        return data
+
+    @handler
+    async def write(self, fh: int, offset: int, data: bytes) -> int:
+        """Write all of it, or raise."""
+        handle = self._open.get(fh)
+        handle.known.cached = None
+        if handle.strip_mode is not None:
+            await self._strip(handle)
+        # The kernel may write back pages of a mapping through any descriptor, an appending one too.
+        append = handle.append and (not handle.known.mappable or offset >= handle.known.length())
+        count = await handle.file.write(offset, data, direct=handle.direct, append=append)
+        if handle.sync:
+            await handle.file.fsync(handle.data_sync)
+        self.metrics.written_bytes += count
+        return count
+
+    @handler
+    async def flush(self, fh: int) -> None:
+        """One close(2) of a descriptor: what was written is stable and visible to others."""
+        await self._open.get(fh).file.flush()
+
+    @handler
+    async def release(self, fh: int) -> None:
+        """The last reference is gone."""
+        handle = self._open.take(fh)
+        if handle is not None:
+            handle.known.mappable -= handle.mappable
+            await handle.file.close()
+
+    @handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Make the file's data (and attributes) stable."""
+        await self._open.get(fh).file.fsync(datasync)
+
+    # ------------------------------------------------------------ directories
+
+    @handler
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Begin a listing; nothing is fetched yet."""
+        return self._listing.add(DirectoryHandle(InodeId(inode), self._callers.of(ctx)))
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """One buffer of entries with attributes (readdirplus), continued behind a cookie."""
+        handle = self._listing.get(fh)
+        cookie = start_id
+        if cookie == 0:
+            handle.rewind()
+        for number, name, inode in ((1, b".", handle.inode), (2, b"..", self._above(handle))):
+            if cookie < number:
+                entry = bare_entry(inode, stat.S_IFDIR)
+                if not pyfuse3.readdir_reply(token, name, entry, number):
+                    return
+                cookie = number
+        while rows := handle.rest(cookie) or await self._fetch(handle, cookie):
+            if self._emit(token, rows) or cookie != start_id:
+                return
+            cookie = rows[-1][0]  # all of them have vanished, and an empty reply means the end
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        """End of a listing."""
+        self._listing.take(fh)
+
+    @handler
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Make every change of names so far stable."""
+        await self._metadata.stable()
+
+    # ------------------------------------------------------------ the rest
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        """Space after replication."""
+        return space(await self._metadata.statfs())
+
+    @handler
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set one; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE by a getxattr."""
+        _check_xattr_name(name)
+        self._known.of(inode).no_capability = False
+        await self._metadata.setxattr(self._callers.of(ctx), InodeId(inode), name, value)
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """Value of one.
+
+        The kernel asks for security.capability before every write; that it is absent is remembered
+        (it would have no effect: the mount is nosuid).
+        """
+        _check_xattr_name(name)
+        known = self._known.of(inode) if name == CAPABILITY else None
+        if known is not None and known.no_capability:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        try:
+            return await self._metadata.getxattr(self._callers.of(ctx), InodeId(inode), name)
+        except EmberfsError as problem:
+            if known is not None and problem.code == Code.NO_ATTRIBUTE:
+                known.no_capability = True
+            raise
+
+    @handler
+    async def listxattr(self, inode: int, ctx: RequestContext) -> tuple[bytes, ...]:
+        """Names of all."""
+        return await self._metadata.listxattr(self._callers.of(ctx), InodeId(inode))
+
+    @handler
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove one."""
+        _check_xattr_name(name)
+        await self._metadata.setxattr(self._callers.of(ctx), InodeId(inode), name, None)
+
+    # ------------------------------------------------------------ pieces
+
+    async def _inode(self, inode: int) -> Inode:
+        """Attributes now. A directory that was removed while somebody stands in it has no names."""
+        try:
+            return self._files.merged(await self._metadata.getattr(InodeId(inode)))
+        except EmberfsError as problem:
+            directory = self._known.of(inode).directory
+            if problem.code != Code.NOT_FOUND or directory is None:
+                raise
+            return msgspec.structs.replace(directory, nlink=0)
+
+    def _attributes(self, inode: Inode) -> EntryAttributes:
+        self._known.tell(inode)
+        return attributes(inode, self._policy.attr_timeout_s, self._policy.entry_timeout_s)
+
+    def _entry(self, found: Inode) -> EntryAttributes:
+        """Attributes for an answer that counts as a lookup."""
+        inode = self._files.merged(found)
+        self._known.tell(inode).lookups += 1
+        return attributes(inode, self._policy.attr_timeout_s, self._policy.entry_timeout_s)
+
+    def _access_mode(self, flags: int) -> tuple[bool, bool]:
+        mode = flags & os.O_ACCMODE
+        # To gather writes, the kernel reads pages through whatever descriptor is at hand.
+        read = mode != os.O_WRONLY or self._policy.writeback
+        return read, mode != os.O_RDONLY
+
+    def _handle(self, found: Inode, file: OpenFile, flags: int, uid: int) -> FileInfo:
+        """Register an open file and tell the kernel what it may cache of it."""
+        known = self._known.of(found.id)
+        handle = FileHandle(file, known)
+        handle.sync = bool(flags & os.O_DSYNC)  # O_SYNC contains it
+        handle.data_sync = flags & os.O_SYNC != os.O_SYNC
+        handle.direct = bool(flags & os.O_DIRECT) or handle.sync
+        # With the writeback cache the kernel itself knows where the end is.
+        handle.append = bool(flags & os.O_APPEND) and not self._policy.writeback
+        if file.writable and uid != 0 and _privilege(found.mode):
+            handle.strip_mode = stat.S_IMODE(found.mode) & ~_privilege(found.mode)
+        current = version(found)
+        keep = known.cached == current and not flags & os.O_TRUNC
+        known.cached = current
+        if known.sent != current:
+            # The kernel's idea of the length may be a second old: too old for close-to-open.
+            known.sent = current
+            _drop_attributes(found.id)
+        # An append lands where the file ends then, which the page cache cannot foresee.
+        bypass = bool(flags & os.O_DIRECT) or handle.append
+        handle.mappable = file.readable and file.writable and not bypass
+        known.mappable += handle.mappable
+        return FileInfo(fh=self._open.add(handle), direct_io=bypass, keep_cache=keep)
+
+    async def _strip(self, handle: FileHandle) -> None:
+        """A write by another than root takes suid and sgid away (FUSE_CAP_HANDLE_KILLPRIV)."""
+        mode, handle.strip_mode = handle.strip_mode, None
+        assert mode is not None
+        await self._files.setattr(ROOT, handle.file.inode_id, mode=mode)
+
+    def _above(self, handle: DirectoryHandle) -> int:
+        directory = self._known.of(handle.inode).directory
+        return directory.parent if directory is not None else pyfuse3.ROOT_INODE
+
+    def _emit(self, token: pyfuse3.ReaddirToken, rows: list[tuple[int, ReaddirRow]]) -> bool:
+        """Put rows into the reply until it is full; False if there was nothing to put."""
+        policy = self._policy
+        some = False
+        for number, row in rows:
+            if row.inode is None:  # it vanished between the scan and its attributes
+                continue
+            found = self._files.merged(row.inode)
+            entry = attributes(found, policy.attr_timeout_s, policy.entry_timeout_s)
+            some = True
+            if not pyfuse3.readdir_reply(token, row.name, entry, number):
+                break
+            self._known.tell(found).lookups += 1
+        return some
+
+    async def _fetch(self, handle: DirectoryHandle, cookie: int) -> list[tuple[int, ReaddirRow]]:
+        """Fetch the page behind a cookie. A directory that was removed meanwhile is empty."""
+        if handle.ended(cookie):
+            return []
+        after, skip = handle.position(cookie)
+        try:
+            answer = await self._metadata.readdir(
+                handle.caller, handle.inode, after, PAGE_ROWS + skip
+            )
+        except EmberfsError as problem:
+            if problem.code != Code.NOT_FOUND:
+                raise
+            return handle.take_page(cookie, after, (), more=False)
+        if skip:
+            after = answer.rows[min(skip, len(answer.rows)) - 1].name if answer.rows else after
+        return handle.take_page(cookie, after, answer.rows[skip:], answer.more)
+
+
+def _privilege(mode: int) -> int:
+    """Bits that a write must take away; sgid without group execute means something else."""
+    bits = mode & stat.S_ISUID
+    return bits | stat.S_ISGID if mode & _SET_GROUP == _SET_GROUP else bits
+
+
+_SET_GROUP = stat.S_ISGID | stat.S_IXGRP
+_ACL = b"system.posix_acl_"
+
+
+def _check_xattr_name(name: bytes) -> None:
+    if name.startswith(_ACL):  # kept as plain bytes they would promise what nobody enforces
+        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+    if len(name) > XATTR_NAME_BYTES_MAX:
+        raise pyfuse3.FUSEError(errno.ERANGE)
+
+
+def _drop_attributes(inode: int) -> None:
+    """Let the kernel ask anew. Takes no lock, so it may be called from a handler."""
+    try:
+        pyfuse3.invalidate_inode(inode, attr_only=True)
+    except OSError as problem:
+        if problem.errno != errno.ENOENT:  # not in the kernel's cache: nothing to drop
+            raise

@@ -1,0 +1,209 @@
+"""The directory that emberfs is mounted on: checked, cleaned of a dead mount, unmounted, tuned.
+
+A daemon that was killed leaves a mount behind on which every access says ENOTCONN ("Transport
+endpoint is not connected"); it is detached before a new mount. See mount(2), proc_pid_mountinfo(5)
+and the kernel's Documentation/filesystems/fuse.rst for the files below /sys.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from emberfs.proto.errors import Code, EmberfsError
+
+log = logging.getLogger("emberfs.client.mountpoint")
+
+DEVICE = Path("/dev/fuse")
+BACKGROUND_MAX = 128  # asynchronous requests in flight: read-ahead, O_DIRECT with aio
+CONGESTION_THRESHOLD = 96
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
+_TOOL_TIMEOUT_S = 10
+_PROBE_TIMEOUT_S = 5
+_ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
+_DEAD = {errno.ENOTCONN, errno.ECONNABORTED}
+
+
+class Mount(NamedTuple):
+    """One line of the kernel's mount table."""
+
+    path: str
+    kind: str  # "fuse.emberfs", "ext4"
+    source: str
+    device: str  # "major:minor"
+
+
+def mounts() -> list[Mount]:
+    """Everything that is mounted, lowest first (/proc/self/mountinfo)."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, after = line.split(" - ", 1)
+        fields, rest = before.split(), after.split()
+        found.append(Mount(_unescape(fields[4]), rest[0], _unescape(rest[1]), fields[2]))
+    return found
+
+
+def mount_at(path: str) -> Mount | None:
+    """The uppermost mount exactly at `path`, None if there is none."""
+    place = _real(path)
+    return next((mount for mount in reversed(mounts()) if mount.path == place), None)
+
+
+def prepare(path: str) -> str:
+    """Make sure that something can be mounted at `path`; return its absolute form.
+
+    A dead FUSE mount is detached. Raises EmberfsError(CONFIG or BUSY) with cause and remedy.
+    """
+    check_tools()
+    place = _real(path)
+    while (mount := mount_at(place)) is not None and is_dead(place):
+        log.warning("%s: the daemon of this mount is dead; detaching it", place)
+        _detach(place, mount)
+    if mount is not None and mount.kind.startswith("fuse"):
+        raise EmberfsError(
+            Code.BUSY,
+            f"{place}: {mount.source} is mounted here already and answers; "
+            f"unmount it first (fusermount3 -u {place}) or choose another mount point",
+        )
+    _check_directory(place)
+    return place
+
+
+def check_tools() -> None:
+    """Refuse to go on without /dev/fuse or fusermount3. Raises EmberfsError(CONFIG)."""
+    if not DEVICE.exists():
+        raise EmberfsError(
+            Code.CONFIG,
+            f"{DEVICE} is missing; run modprobe fuse, or start the container with "
+            f"--device {DEVICE} --cap-add SYS_ADMIN",
+        )
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        raise EmberfsError(Code.CONFIG, f"{DEVICE}: no permission; chmod 666 {DEVICE} or be root")
+    if shutil.which("fusermount3") is None:
+        raise EmberfsError(
+            Code.CONFIG, "fusermount3 is not installed; run apt-get install fuse3 (or dnf, apk)"
+        )
+
+
+def is_dead(path: str) -> bool:
+    """Tell a FUSE mount whose daemon is gone.
+
+    A daemon that lives but hangs would hang us as well, so a child asks first. Raises
+    EmberfsError(BUSY) when it gets no answer.
+    """
+    try:
+        subprocess.run(["stat", path], capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise EmberfsError(
+            Code.BUSY,
+            f"{path}: a mount is here whose daemon does not answer; stop that process, or detach "
+            f"the mount with umount -l {path}",
+        ) from None
+    try:
+        os.stat(path)
+    except OSError as problem:
+        return problem.errno in _DEAD
+    return False
+
+
+def unmount(path: str, *, lazy: bool = False) -> bool:
+    """Unmount what is mounted at `path`; False if it is in use (and not `lazy`)."""
+    mount = mount_at(path)
+    if mount is None:
+        return True
+    option = "-uz" if lazy else "-u"
+    return _run("fusermount3", option, mount.path) or _run(
+        "umount", *(["-l"] if lazy else []), mount.path
+    )
+
+
+def tune(path: str, read_ahead_bytes: int) -> None:
+    """Raise read-ahead and the count of background requests of a mount; needs root, else no-op.
+
+    pyfuse3 does not expose either in its INIT reply, so they are set through /sys afterwards.
+    """
+    mount = mount_at(path)
+    if mount is None or os.geteuid() != 0:
+        return
+    _write(Path("/sys/class/bdi") / mount.device / "read_ahead_kb", read_ahead_bytes // 1024)
+    connection = _CONNECTIONS / mount.device.split(":")[1]
+    if not connection.exists():  # containers come without it; systemd mounts it on hosts
+        _run("mount", "-t", "fusectl", "fusectl", str(_CONNECTIONS))
+    _write(connection / "max_background", BACKGROUND_MAX)
+    _write(connection / "congestion_threshold", CONGESTION_THRESHOLD)
+
+
+def abort(path: str) -> None:
+    """Cut a mount off from its daemon: whoever waits for it gets an error at once (root only)."""
+    mount = mount_at(path)
+    if mount is not None:
+        _write(_CONNECTIONS / mount.device.split(":")[1] / "abort", 1)
+
+
+def _check_directory(place: str) -> None:
+    try:
+        names = os.listdir(place)
+    except FileNotFoundError:
+        raise EmberfsError(
+            Code.CONFIG, f"{place}: no such directory; create the mount point (mkdir -p {place})"
+        ) from None
+    except NotADirectoryError:
+        raise EmberfsError(
+            Code.CONFIG, f"{place}: not a directory; choose a directory as the mount point"
+        ) from None
+    except OSError as problem:
+        raise EmberfsError(
+            Code.CONFIG, f"{place}: {problem.strerror}; choose another mount point"
+        ) from None
+    if names:
+        raise EmberfsError(
+            Code.CONFIG,
+            f"{place}: not empty ({len(names)} entries, for example {min(names)!r}); mounting "
+            "would hide them: empty it or choose another mount point",
+        )
+
+
+def _detach(place: str, mount: Mount) -> None:
+    if not unmount(place, lazy=True):
+        raise EmberfsError(
+            Code.BUSY,
+            f"{place}: a dead {mount.kind} mount is here and cannot be detached; "
+            f"run umount -l {place} as root",
+        )
+
+
+def _real(path: str) -> str:
+    """Absolute and free of symlinks, without touching the mount point itself (it may be dead)."""
+    parent, name = os.path.split(os.path.abspath(path))
+    place = os.path.join(os.path.realpath(parent), name)
+    return os.path.realpath(place) if os.path.islink(place) else place
+
+
+def _unescape(field: str) -> str:
+    for escape, character in _ESCAPES.items():
+        field = field.replace(escape, character)
+    return field
+
+
+def _run(*command: str) -> bool:
+    """Run a tool; False if it is missing, fails or takes too long."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        log.debug("%s: %s", " ".join(command), problem)
+        return False
+    if done.returncode:
+        log.debug("%s: %s", " ".join(command), done.stderr.strip())
+    return done.returncode == 0
+
+
+def _write(path: Path, number: int) -> None:
+    try:
+        path.write_text(f"{number}\n")
+    except OSError as problem:
+        log.info("%s stays as it is: %s", path, problem.strerror)
