@@ -25,11 +25,10 @@ from typing import NamedTuple, Protocol
 from emberfs.fabric import frame
 from emberfs.fabric.frame import HEADER_BYTES, Header
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import KiB, MiB
+from emberfs.proto.ids import KiB
 
 log = logging.getLogger("emberfs.fabric.stream")
 
-SOCKET_BUFFER_BYTES = 4 * MiB
 LARGE_BYTES = 32 * KiB  # from here on payload is worth a receive of its own
 LINGER_S = 1.0  # how long the last words to a misbehaving peer may take
 _SCRATCH_BYTES = 64 * KiB
