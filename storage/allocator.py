@@ -27,6 +27,8 @@ GROUPS_MAX = 1 << 40
 NO_BLOCK = (1 << 64) - 1  # the position of an empty chunk
 _INDEX_BITS = 16
 _CLASS_SHIFT = 56
+_GROUP_MASK = GROUPS_MAX - 1
+_INDEX_MASK = (1 << _INDEX_BITS) - 1
 
 
 def pack_position(size_class: int, group: int, index: int) -> int:
@@ -41,8 +43,8 @@ def unpack_position(position: int) -> tuple[int, int, int]:
     """Return (class, group, index)."""
     return (
         position >> _CLASS_SHIFT,
-        position >> _INDEX_BITS & (GROUPS_MAX - 1),
-        position & ((1 << _INDEX_BITS) - 1),
+        position >> _INDEX_BITS & _GROUP_MASK,
+        position & _INDEX_MASK,
     )
 
 
@@ -63,10 +65,12 @@ def block_bytes(position: int) -> int:
     return CLASS_BYTES[position >> _CLASS_SHIFT]
 
 
-def block_offset(position: int) -> int:
-    """Return where a block begins in the file of its class, in bytes."""
-    size_class, group, index = unpack_position(position)
-    return group * GROUP_BYTES[size_class] + index * CLASS_BYTES[size_class]
+def place_of(position: int) -> tuple[int, int]:
+    """Return (class, where the block begins in the file of its class, in bytes)."""
+    size_class = position >> _CLASS_SHIFT
+    group = position >> _INDEX_BITS & _GROUP_MASK
+    start = group * GROUP_BYTES[size_class] + (position & _INDEX_MASK) * CLASS_BYTES[size_class]
+    return size_class, start
 
 
 class GroupBits(NamedTuple):

@@ -14,8 +14,7 @@ from emberfs.storage.allocator import (
     CLASS_BYTES,
     GROUP_BYTES,
     block_bytes,
-    block_offset,
-    unpack_position,
+    place_of,
 )
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -71,28 +70,26 @@ class BlockFiles:
 
         Raises DISK.
         """
-        assert offset + len(view) <= block_bytes(position)
-        size_class, _, _ = unpack_position(position)
+        size_class, start = place_of(position)
         try:
-            return self._files[size_class].read_into(view, block_offset(position) + offset)
+            return self._files[size_class].read_into(view, start + offset)
         except OSError as problem:
             raise disk_error(problem, "reading a block") from None
 
     def read_cached_into(self, position: int, offset: int, view: memoryview) -> int:
         """As read_into, but -1 when the data is not in memory."""
-        assert offset + len(view) <= block_bytes(position)
-        size_class, _, _ = unpack_position(position)
+        size_class, start = place_of(position)
         try:
-            return self._files[size_class].read_cached_into(view, block_offset(position) + offset)
+            return self._files[size_class].read_cached_into(view, start + offset)
         except OSError as problem:
             raise disk_error(problem, "reading a block") from None
 
     def write(self, position: int, offset: int, views: Sequence[memoryview]) -> None:
         """Write `views` into a block from `offset`. Raises NO_SPACE or DISK."""
         assert offset + sum(map(len, views)) <= block_bytes(position)
-        size_class, _, _ = unpack_position(position)
+        size_class, start = place_of(position)
         try:
-            self._files[size_class].write(views, block_offset(position) + offset)
+            self._files[size_class].write(views, start + offset)
         except OSError as problem:
             raise disk_error(problem, "writing a block") from None
         finally:

@@ -135,8 +135,11 @@ class ChunkStore:
 
     def _recover(self, found: _Format | None) -> None:
         if found is None:
-            self._write_format(clean=False)
-            return
+            if not self._table.store.scan(b"", b"\xff", limit=1):
+                self._write_format(clean=False)
+                return
+            log.warning("%s has chunks and no format file", self._path)
+            found = _Format(FORMAT_VERSION, "", clean=False)
         unclean = not found.clean
         self.power_cut_possible = unclean and found.boot_id != self._env.boot_id
         if self.power_cut_possible:
@@ -172,7 +175,11 @@ class ChunkStore:
 
     def state(self, chunk: ChunkId) -> ChunkState | None:
         """Return committed and pending version; None when there is neither."""
-        record, pending = self._table.record(chunk), self._table.pending.get(chunk)
+        while True:
+            pending = self._table.pending.get(chunk)
+            record = self._table.record(chunk)
+            if self._table.pending.get(chunk) is pending:  # no commit between the two looks
+                break
         if record is None and pending is None:
             return None
         waiting = _pending_state(pending) if pending is not None else None
@@ -348,16 +355,20 @@ class ChunkStore:
         token = self._table.reader_begins()
         try:
             for _ in range(_TRIES_UNLOCKED):
-                if cached and not self._table.cached(chunk)[0]:
-                    return None
-                state, outcome = self._read_once(chunk, version, offset, sink, cached)
+                known, record = self._table.cached(chunk)
+                if not known:
+                    if cached:
+                        return None
+                    record = self._table.record(chunk)
+                state, outcome = self._read_once(chunk, record, version, offset, sink, cached)
                 if state != Outcome.REFUTED:
                     return outcome
             if cached:
                 return None  # settle it in a thread
             # Nothing is committed or written in place while we hold the lock.
             with self._table.lock:
-                state, outcome = self._read_once(chunk, version, offset, sink, cached)
+                record = self._table.record(chunk)
+                state, outcome = self._read_once(chunk, record, version, offset, sink, cached)
         finally:
             self._table.reader_ends(token)
         if state == Outcome.REFUTED:
@@ -368,15 +379,24 @@ class ChunkStore:
         return outcome
 
     def _read_once(
-        self, chunk: ChunkId, version: int, offset: int, sink: memoryview, cached: bool
+        self,
+        chunk: ChunkId,
+        record: ChunkRecord | None,
+        version: int,
+        offset: int,
+        sink: memoryview,
+        cached: bool,
     ) -> tuple[Outcome, ReadOutcome | None]:
-        view = self._table.view(chunk, version, self._table.record(chunk))
+        view = self._table.view(chunk, version, record)
         if view is None:
             return Outcome.DONE, ReadOutcome(0, 0)
-        length = max(0, min(len(sink), view.length - offset))
+        length = len(sink)
+        if offset + length > view.length:
+            length = max(0, view.length - offset)
+            sink = sink[:length]
         if not length:
             return Outcome.DONE, ReadOutcome(0, view.version)
-        state = read_view(self._files, view, offset, sink[:length], cached=cached)
+        state = read_view(self._files, view, offset, sink, cached=cached)
         outcome = ReadOutcome(length, view.version) if state == Outcome.DONE else None
         return state, outcome
 

@@ -7,7 +7,8 @@ is damage only if nothing could have changed meanwhile.
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+
+import msgspec
 
 from emberfs.proto.ids import KiB, MiB
 from emberfs.runtime.checksum import crc32c_blocks
@@ -19,7 +20,7 @@ ZEROS = memoryview(bytes(1 * MiB))
 _ZERO_CHECKSUMS = {size: crc32c_blocks(ZEROS[:size], size) for size in (4 * KiB, 64 * KiB)}
 
 
-class View(NamedTuple):
+class View(msgspec.Struct, frozen=True, gc=False):
     """What is needed to read one version."""
 
     version: int

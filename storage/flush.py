@@ -27,7 +27,8 @@ from emberfs.storage.records import redo_key, undo_key
 from emberfs.storage.redo import Overlay, RedoLog, runs_of
 from emberfs.storage.table import ChunkTable
 
-OVERLAY_BYTES_MAX = 8 * MiB
+# Redo rows should die in the store's write buffer: larger, and they reach its tables too.
+OVERLAY_BYTES_MAX = 2 * MiB
 WAITING_BYTES_MAX = 256 * MiB
 UNDO_COUNT_MAX = 16384
 

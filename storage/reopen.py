@@ -8,6 +8,8 @@ that verifies. Redo rows are part of the store and are laid over a block before 
 
 from collections import defaultdict
 
+import msgspec
+
 from emberfs.kv.store import Change
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ChunkId, MiB
@@ -168,7 +170,7 @@ class Reopening:
         rows = self._redo.get((chunk, view.block), {})
         for version in sorted(v for v in rows if v <= view.version):
             log.add(version, rows[version])
-        return view_verifies(self._files, view._replace(overlays=(log.overlay,)))
+        return view_verifies(self._files, msgspec.structs.replace(view, overlays=(log.overlay,)))
 
 
 def view_verifies(files: BlockFiles, view: View) -> bool:

@@ -12,8 +12,9 @@ How a block lives, with what holds it:
     free
 
 Undo: the first commit on a chunk in a flush epoch keeps what was committed before (U row, with its
-block), unless all its data is in its own rows. An in-place write never touches a byte that a kept version needs (`floor`), so after a power
-cut the newest version whose data arrived can be restored.
+block), unless all data of the new version is in its own rows. An in-place write never touches a
+byte that a kept version needs (`floor`), so after a power cut the newest version whose data arrived
+can be restored.
 """
 
 import itertools
@@ -21,6 +22,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import msgspec
 
 from emberfs.kv.store import Change, OrderedStore
 from emberfs.proto.errors import Code, EmberfsError
@@ -148,12 +151,16 @@ class ChunkTable:
         if version == 0 or (record is not None and record.version == version):
             return self.view_of(record) if record is not None else None
         pending = self.pending.get(chunk)
-        if pending is None or pending.record.version != version:
-            have = record.version if record is not None else 0
-            raise EmberfsError(
-                Code.VERSION_GAP, f"version {version} asked for, {have} is committed; ask again"
-            )
-        return self.pending_view(pending, record)
+        if pending is not None and pending.record.version == version:
+            return self.pending_view(pending, record)
+        with self.lock:  # it may have been committed between the two looks
+            record = self.record(chunk)
+            if record is not None and record.version == version:
+                return self.view_of(record)
+        have = record.version if record is not None else 0
+        raise EmberfsError(
+            Code.VERSION_GAP, f"version {version} asked for, {have} is committed; ask again"
+        )
 
     def view_of(self, record: ChunkRecord) -> View:
         """Return how to read a committed record."""
@@ -167,7 +174,9 @@ class ChunkTable:
         if after is None:
             return None
         view = self.view_of(after)
-        return view._replace(overlays=(*view.overlays, pending.units)) if pending.units else view
+        if not pending.units:
+            return view
+        return msgspec.structs.replace(view, overlays=(*view.overlays, pending.units))
 
     def floor(self, chunk: ChunkId, record: ChunkRecord) -> int:
         """Return the end of what committed or kept versions need in the record's block."""

@@ -13,10 +13,10 @@ from emberfs.storage.allocator import (
     NO_BLOCK,
     Allocator,
     block_bytes,
-    block_offset,
     class_for,
     is_position,
     pack_position,
+    place_of,
     unpack_position,
 )
 from emberfs.storage.content import stream_checksums
@@ -35,7 +35,7 @@ def test_blocks_tile_their_files() -> None:
     for size_class, count in enumerate(GROUP_BLOCKS):
         assert 16 * MiB <= GROUP_BYTES[size_class] <= 64 * MiB
         places = [
-            block_offset(pack_position(size_class, group, index))
+            place_of(pack_position(size_class, group, index))[1]
             for group in range(2)
             for index in range(count)
         ]

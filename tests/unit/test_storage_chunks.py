@@ -171,7 +171,7 @@ def test_impossible_updates_are_refused(
                 data=memoryview(data),
                 chunk_bytes=MiB,
                 remembered=(),
-            )  # fmt: skip
+            )
         )
         assert code == (Code.INVALID if version == 2 else Code.VERSION_GAP)
         assert get(store) == b"kept"
@@ -308,6 +308,17 @@ def test_damaged_rows_and_foreign_directories_are_refused(tmp_path: Path) -> Non
         store.close()
     (tmp_path / "format").write_bytes(b"something else")
     assert code_of(lambda: ChunkStore.open(env, str(tmp_path))) == Code.CONFIG
+
+
+def test_a_lost_format_file_loses_no_chunk(tmp_path: Path) -> None:
+    with opened(tmp_path / "t") as store:
+        put(store, b"abc")
+    (tmp_path / "t" / "format").unlink()
+    with opened(tmp_path / "t") as store:
+        assert store.power_cut_possible
+        put(store, b"def", chunk=pack_chunk_id(InodeId(6), 0))
+        assert get(store) == b"abc"
+        assert store.check().findings == ()
 
 
 def written_bytes() -> int:
