@@ -45,7 +45,11 @@ class RocksStore:
     ) -> None:
         """Open or create. EmberfsError: CONFIG when in use, NO_SPACE, DISK. Blocks."""
         self.path = path
-        self._broken: EmberfsError | None = None
+        self._broken: EmberfsError | None = None  # a sync failed: final
+        self._full: EmberfsError | None = None  # the disk was full at the last write
+        self._room_bytes = 2 * write_buffer_bytes
+        self._sizes = (write_buffer_bytes, cache_bytes, open_files_max)
+        self._closed = False
         self._views = Views()
         self._no_sync = WriteOptions()
         self._no_sync.sync = False
@@ -54,7 +58,7 @@ class RocksStore:
         except OSError as problem:
             raise _os_error(path, problem) from None
         try:
-            self._db = Rdict(path, _options(write_buffer_bytes, cache_bytes, open_files_max))
+            self._db = self._open()
         except Exception as problem:
             raise _explained(f"{path}: cannot open the key-value store", problem) from None
 
@@ -64,7 +68,8 @@ class RocksStore:
         try:
             value: bytes | None = self._db.get(key)
         except Exception as problem:
-            raise _explained(f"{self.path}: read failed", problem) from None
+            again = self._after_reopening(problem)
+            return again.get(key)
         return value
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -73,7 +78,7 @@ class RocksStore:
         try:
             values = self._db.get(list(keys))
         except Exception as problem:
-            raise _explained(f"{self.path}: read failed", problem) from None
+            values = self._after_reopening(problem).get(list(keys))
         return list(values or ())
 
     def scan(
@@ -81,7 +86,10 @@ class RocksStore:
     ) -> list[Row]:
         """Return the rows of [start, stop)."""
         self._refuse_if_broken()
-        return _scan(self._db, self.path, start, stop, limit, reverse)
+        try:
+            return _scan(self._db, start, stop, limit, reverse)
+        except Exception as problem:
+            return _scan(self._after_reopening(problem), start, stop, limit, reverse)
 
     def snapshot(self) -> StableView:
         """A view of this moment."""
@@ -101,11 +109,14 @@ class RocksStore:
             else:
                 batch.put(key, value)
         with self._views.lock:
+            self._reopen_if_full()
             self._views.save(self, changes, clears)
             try:
                 self._db.write(batch, self._no_sync)
             except Exception as problem:
-                raise _explained(f"{self.path}: write failed", problem) from None
+                found = _explained(f"{self.path}: write failed", problem)
+                self._full = found if found.code == Code.NO_SPACE else None
+                raise found from None
 
     def sync(self) -> None:
         """Make all earlier writes stable. Blocks, without the GIL.
@@ -114,9 +125,13 @@ class RocksStore:
         succeeds would prove nothing. The store refuses everything from then on.
         """
         self._refuse_if_broken()
+        with self._views.lock:
+            self._reopen_if_full()
+            database = self._db
         try:
-            self._db.flush_wal(True)
+            database.flush_wal(True)
         except Exception as problem:
+            self._refuse_if_full()  # a write met the full disk meanwhile: no fsync was lost
             self._broken = _explained(
                 f"{self.path}: sync failed, restart after checking the disk", problem
             )
@@ -124,40 +139,68 @@ class RocksStore:
 
     def close(self) -> None:
         """Release the store; a second call does nothing."""
-        with suppress(DbClosedError):
+        self._closed = True
+        with suppress(Exception):  # what was acknowledged is in the log; what else could be done
             self._db.close()
+
+    def _open(self) -> Rdict:
+        return Rdict(self.path, _options(*self._sizes))
+
+    def _reopen_if_full(self) -> None:
+        """After a full disk RocksDB accepts nothing until it is opened anew: do that once there is
+        room. The caller holds the lock. Nothing acknowledged is lost: the log is replayed.
+        """
+        if self._full is None:
+            return
+        space = os.statvfs(self.path)
+        if space.f_bavail * space.f_frsize < self._room_bytes:
+            raise EmberfsError(self._full.code, self._full.message)
+        with suppress(Exception):
+            self._db.close()
+        try:
+            self._db = self._open()
+        except Exception as problem:
+            raise _explained(f"{self.path}: cannot open again after a full disk", problem) from None
+        self._full = None
+
+    def _after_reopening(self, problem: Exception) -> Rdict:
+        """Return the database if a read only failed because another thread reopened it."""
+        if isinstance(problem, DbClosedError) and not self._closed:
+            with self._views.lock:
+                return self._db
+        raise _explained(f"{self.path}: read failed", problem) from None
+
+    def _refuse_if_full(self) -> None:
+        with self._views.lock:
+            if self._full is not None:
+                raise EmberfsError(self._full.code, self._full.message)
 
     def _refuse_if_broken(self) -> None:
         if self._broken is not None:
             raise EmberfsError(self._broken.code, self._broken.message)
 
 
-def _scan(
-    source: Rdict, path: str, start: bytes, stop: bytes, limit: int, reverse: bool
-) -> list[Row]:
+def _scan(source: Rdict, start: bytes, stop: bytes, limit: int, reverse: bool) -> list[Row]:
     if start >= stop:
         return []
     bounds = ReadOptions()
     bounds.set_iterate_upper_bound(stop)
     rows: list[Row] = []
-    try:
-        at = source.iter(bounds)
-        if reverse:
-            at.seek_to_last()
-        else:
-            at.seek(start)
-        advance, valid, key, value = at.prev if reverse else at.next, at.valid, at.key, at.value
-        while valid():
-            found = key()
-            if reverse and found < start:  # rocksdict ignores a lower bound
-                return rows
-            rows.append((found, value()))
-            if len(rows) == limit:
-                return rows
-            advance()
-        at.status()
-    except Exception as problem:
-        raise _explained(f"{path}: scan failed", problem) from None
+    at = source.iter(bounds)
+    if reverse:
+        at.seek_to_last()
+    else:
+        at.seek(start)
+    advance, valid, key, value = at.prev if reverse else at.next, at.valid, at.key, at.value
+    while valid():
+        found = key()
+        if reverse and found < start:  # rocksdict ignores a lower bound
+            return rows
+        rows.append((found, value()))
+        if len(rows) == limit:
+            return rows
+        advance()
+    at.status()  # raises if the scan ended by an error
     return rows
 
 

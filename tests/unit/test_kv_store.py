@@ -231,6 +231,50 @@ def test_rocks_full_disk_has_its_own_code(tmp_path: Path) -> None:
     assert raised.value.code == Code.NO_SPACE
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    where = tmp_path / "disk"
+    where.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(where)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {made.stderr.decode().strip()}")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+def test_rocks_full_disk_for_real(small_disk: Path) -> None:
+    """Old data stays readable, and with room again the store goes on without a restart."""
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(8 << 20))
+    store = RocksStore(str(small_disk / "kv"), write_buffer_bytes=1 << 20)
+    store.write([(b"old", b"1")])
+    store.sync()
+    noise, count = random.Random(1).randbytes(4000), 0
+    with pytest.raises(EmberfsError) as raised:  # noqa: PT012
+        for i in range(4000):
+            store.write([(b"k%06d" % i, noise)])
+            count = i + 1
+    assert raised.value.code == Code.NO_SPACE
+    for attempt in (store.sync, lambda: store.write([(b"more", b"1")])):
+        with pytest.raises(EmberfsError) as raised:
+            attempt()
+        assert raised.value.code == Code.NO_SPACE
+    assert store.get(b"old") == b"1"
+    ballast.unlink()
+    store.write([(b"new", b"1")])
+    store.sync()
+    assert len(store.scan(b"k", b"l")) == count
+    assert store.get_many([b"old", b"new", b"more"]) == [b"1", b"1", None]
+    store.close()
+    with pytest.raises(EmberfsError) as raised:
+        store.get(b"old")
+    assert raised.value.code == Code.DISK
+
+
 def test_rocks_sync_releases_the_interpreter(tmp_path: Path) -> None:
     store = RocksStore(str(tmp_path / "kv"))
     store.write([(b"a", b"1")])
