@@ -216,11 +216,16 @@ class OpenFile:
             raise EmberfsError(Code.BAD_HANDLE, "file is not open for writing")
         self._raise_late_error()
 
-    def _raise_late_error(self) -> None:
-        """Tell this description once of background writes that were lost."""
+    def _raise_late_error(self, *, told: bool = True) -> None:
+        """Tell this description once of background writes that were lost.
+
+        Not `told`: flush, which the exec of a forked child causes as well, where nobody looks at
+        its result; the next write, fsync or close repeats the error.
+        """
         buffer = self._state.buffer
         if buffer.errors > self._errors_seen and buffer.last_error is not None:
-            self._errors_seen = buffer.errors
+            if told:
+                self._errors_seen = buffer.errors
             lost = buffer.last_error
             raise EmberfsError(lost.code, f"an earlier write was lost: {lost.message}")
 
@@ -239,7 +244,7 @@ class OpenFile:
             await state.fsync(self.session, data_only=True)
         if state.unsettled:
             await state.settle(self.session)
-        self._raise_late_error()
+        self._raise_late_error(told=False)
 
     async def fsync(self, data_only: bool = False) -> None:
         """All writes of this client to the file so far are on stable storage at every replica.

@@ -19,7 +19,7 @@ from emberfs.fabric.buffers import BufferPool
 from emberfs.fabric.region import Buffer, Slice, view_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout, Piece, pieces
-from emberfs.proto.ids import ChainId, InodeId, KiB, MiB
+from emberfs.proto.ids import SECOND, ChainId, InodeId, KiB, MiB
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 
@@ -29,6 +29,9 @@ FILE_BYTES = 8 * MiB  # buffered and in flight, per file
 CLIENT_BYTES = 64 * MiB  # the same for all files together
 EXTENT_BYTES_MAX = 4 * MiB
 EXTENT_BYTES_FIRST = 16 * KiB  # of a write that continues nothing
+# How long buffered bytes wait for a cluster that does not answer before they are given up. Requests
+# of applications end earlier, with ETIMEDOUT; what they wrote is still on its way then.
+WRITE_BACK_TIMEOUT_NS = 600 * SECOND
 
 
 class WriteMemory:
@@ -249,7 +252,9 @@ class WriteBuffer:
         data = part_of(extent.buffer, 0, extent.length)
         problem: EmberfsError | None = None
         try:
-            await self._chunkio.write(self._inode, self._layout, extent.start, data)
+            await self._chunkio.write(
+                self._inode, self._layout, extent.start, data, timeout_ns=WRITE_BACK_TIMEOUT_NS
+            )
         except EmberfsError as found:
             problem = found
         except BaseException as found:

@@ -6,7 +6,6 @@ else is never taken for ours.
 
 import os
 import signal
-import subprocess
 import sys
 import time  # this file steers real processes from a command line: no Env, no event loop
 from pathlib import Path
@@ -47,20 +46,24 @@ def running_pid(process: Process) -> int | None:
 
 def start(process: Process) -> int:
     """Start a service detached from this terminal, its output appended to its log."""
-    script = Path(sys.executable).parent / process.command
+    script = Path(sys.executable).absolute().parent / process.command
     if not script.exists():
         raise EmberfsError(Code.CONFIG, f"{script} is missing: install emberfs (make install)")
     with process.log_file.open("ab") as output:
-        child = subprocess.Popen(
-            [script, "--config", process.config],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            cwd="/",
+        # env -C: a daemon must not keep a directory busy, least of all one on its own mount.
+        pid = os.posix_spawn(
+            "/usr/bin/env",
+            ["env", "-C", "/", str(script), "--config", str(process.config)],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 2),
+            ],
+            setsid=True,
         )
-    process.pid_file.write_text(f"{child.pid} {_start_time(child.pid)}\n")
-    return child.pid
+    process.pid_file.write_text(f"{pid} {_start_time(pid)}\n")
+    return pid
 
 
 def failure(process: Process) -> str:

@@ -176,7 +176,21 @@ class RealEnv:
         await asyncio.sleep(duration_ns / 1e9)
 
     async def run_blocking(self, work: Callable[[], T]) -> T:
-        """Run `work` in one of a few threads."""
+        """Run `work` in one of a few threads; a cancelled caller leaves only when it has ended.
+
+        The thread may be writing into memory that is reused as soon as the caller is gone.
+        """
         if self._threads is None:
             self._threads = ThreadPoolExecutor(BLOCKING_THREADS, "blocking")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            while not running.done():
+                try:
+                    await asyncio.wait({running})
+                except asyncio.CancelledError:
+                    continue  # once is enough
+            if not running.cancelled():
+                running.exception()  # nobody is left to be told
+            raise

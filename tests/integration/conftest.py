@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+
 from integration.harness import LocalCluster, local_cluster
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from integration.harness import BIN, LocalCluster, run, wait_until
 
 from emberfs.deploy.mounts import is_ember_mount
+from integration.harness import BIN, LocalCluster, run, wait_until
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:

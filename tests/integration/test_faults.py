@@ -2,62 +2,26 @@
 
 import json
 import os
-import random
 import subprocess
-import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
 
 from integration.harness import LocalCluster, run, wait_until
+from integration.writer import Writer
 
 RESUME_S = 6.0  # DESIGN section 8
 
 
-class Writer(threading.Thread):
-    """Writes and verifies blocks of one file for ever, and remembers the longest pause."""
-
-    def __init__(self, path: Path, *, sync_each: int = 8) -> None:
-        super().__init__(daemon=True)
-        self.path = path
-        self.sync_each = sync_each
-        self.stopping = threading.Event()
-        self.longest_s = 0.0
-        self.rounds = 0
-        self.problem: BaseException | None = None
-        self.model = bytearray(4 << 20)
-
-    def run(self) -> None:
-        try:
-            self._write()
-        except BaseException as problem:
-            self.problem = problem
-
-    def _write(self) -> None:
-        choose = random.Random(3)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        os.pwrite(fd, self.model, 0)
-        while not self.stopping.is_set():
-            began = time.monotonic()
-            offset = choose.randrange(len(self.model) - 70_000)
-            data = choose.randbytes(choose.choice([512, 4096, 65_536]))
-            os.pwrite(fd, data, offset)
-            self.model[offset : offset + len(data)] = data
-            self.rounds += 1
-            if self.rounds % self.sync_each == 0:
-                os.fsync(fd)
-            self.longest_s = max(self.longest_s, time.monotonic() - began)
-        os.fsync(fd)
-        assert os.pread(fd, len(self.model), 0) == self.model
-        os.close(fd)
-
-    def finish(self) -> None:
-        """Stop, then fail the test if anything went wrong."""
-        self.stopping.set()
-        self.join(60)
-        assert not self.is_alive(), "the writer hangs"
-        if self.problem is not None:
-            raise self.problem
-        assert self.path.read_bytes() == self.model
+@pytest.fixture
+def writer(fresh: LocalCluster) -> Iterator[Writer]:
+    """Writes to the fresh cluster from the start of the test to its end."""
+    process = Writer(fresh.mount / "moving", fresh.root / "progress")
+    wait_until(lambda: process.rounds > 20, 30)
+    yield process
+    process.kill()
 
 
 def test_a_storage_service_dies_and_recovers_under_fio(fresh: LocalCluster) -> None:
@@ -87,13 +51,10 @@ def test_a_storage_service_dies_and_recovers_under_fio(fresh: LocalCluster) -> N
     assert "clean:" in fresh.fsck()
 
 
-def test_writes_resume_and_reads_go_on_after_a_kill(fresh: LocalCluster) -> None:
+def test_writes_resume_and_reads_go_on_after_a_kill(fresh: LocalCluster, writer: Writer) -> None:
     stable = fresh.mount / "stable"
     stable.write_bytes(os.urandom(3 << 20))
     expected = stable.read_bytes()
-    writer = Writer(fresh.mount / "moving")
-    writer.start()
-    wait_until(lambda: writer.rounds > 20, 20)
     fresh.kill("storage1")
     slowest_s = 0.0
     for _ in range(20):
@@ -114,11 +75,8 @@ def test_writes_resume_and_reads_go_on_after_a_kill(fresh: LocalCluster) -> None
     assert slowest_s < 4
 
 
-def test_meta_and_mgmtd_die_and_the_mount_goes_on(fresh: LocalCluster) -> None:
+def test_meta_and_mgmtd_die_and_the_mount_goes_on(fresh: LocalCluster, writer: Writer) -> None:
     (fresh.mount / "before").write_text("kept")
-    writer = Writer(fresh.mount / "moving")
-    writer.start()
-    wait_until(lambda: writer.rounds > 10, 20)
     fresh.kill("meta")
     fresh.start("meta")
     (fresh.mount / "after-meta").write_text("1")
@@ -137,11 +95,14 @@ def test_meta_and_mgmtd_die_and_the_mount_goes_on(fresh: LocalCluster) -> None:
 
 def test_the_fuse_daemon_dies_and_nothing_synced_is_missing(fresh: LocalCluster) -> None:
     data = os.urandom(2_500_000)
-    with (fresh.mount / "synced").open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        fresh.kill("fuse")
+    fd = os.open(fresh.mount / "synced", os.O_WRONLY | os.O_CREAT)
+    os.write(fd, data)
+    os.fsync(fd)
+    fresh.kill("fuse")
+    with pytest.raises(OSError, match="not connected"):
+        os.stat(fresh.mount)
+    with suppress(OSError):
+        os.close(fd)
     fresh.emberfs("mount")
     assert (fresh.mount / "synced").read_bytes() == data
 

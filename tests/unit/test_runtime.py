@@ -3,6 +3,8 @@
 import asyncio
 import os
 import random
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -131,3 +133,21 @@ def test_backoff_doubles_to_its_bound() -> None:
     assert [backoff.next_ns(Highest()) for _ in range(4)] == [10, 20, 35, 35]
     backoff.reset()
     assert backoff.next_ns(Highest()) == 10
+
+
+def test_a_cancelled_caller_waits_for_its_thread() -> None:
+    async def body() -> None:
+        env, ended = RealEnv(), threading.Event()
+
+        def work() -> None:
+            time.sleep(0.2)
+            ended.set()
+
+        task = asyncio.get_running_loop().create_task(env.run_blocking(work))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+    asyncio.run(body())
