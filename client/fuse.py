@@ -71,7 +71,7 @@ class Mount:
         self._tasks.spawn(self._operations.requests.sweep(), name="fuse deadlines")
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await self._env.run_blocking(lambda: os.stat(self._place))
+                await self._env.run_blocking(lambda: os.statvfs(self._place))
         except (TimeoutError, OSError) as problem:
             raise EmberfsError(
                 Code.TIMEOUT, f"{self._place}: mounted, but it does not answer: {problem}"

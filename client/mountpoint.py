@@ -95,7 +95,9 @@ def is_dead(path: str) -> bool:
     EmberfsError(BUSY) when it gets no answer.
     """
     try:
-        subprocess.run(["stat", path], capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False)
+        subprocess.run(
+            ["stat", "-f", path], capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         raise EmberfsError(
             Code.BUSY,
@@ -103,7 +105,7 @@ def is_dead(path: str) -> bool:
             f"the mount with umount -l {path}",
         ) from None
     try:
-        os.stat(path)
+        os.statvfs(path)  # stat(2) may still be answered from the kernel's cache
     except OSError as problem:
         return problem.errno in _DEAD
     return False
