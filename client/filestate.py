@@ -114,6 +114,11 @@ class FileState:
     # ------------------------------------------------------------ settlement
 
     @property
+    def unsettled_bytes(self) -> bool:
+        """True while meta does not know how long our writes have made the file."""
+        return bool(self.buffer) or self.written_stop > self.server_length
+
+    @property
     def unsettled(self) -> bool:
         """True while meta has to hear of our length or mtime."""
         return self.mtime_ns is not None or self.written_stop > self.server_length

@@ -29,6 +29,7 @@ log = logging.getLogger("emberfs.client.openfile")
 
 TICK_NS = 250 * MS
 DIRTY_AGE_NS = 1 * SECOND  # buffered bytes are sent after this
+CLOSE_NS = 30 * SECOND  # how long the end of the client waits for servers that do not answer
 HINT_AGE_NS = 5 * SECOND  # meta hears of a growing length after this
 
 
@@ -231,7 +232,8 @@ class OpenFiles:
             return state.merged(await perform())
         async with state.attributes:
             found = await perform()
-            state.mtime_ns = None  # what was set counts, not when earlier bytes were written
+            # What was set counts, not when the bytes before it were written or settle.
+            state.mtime_ns = found.mtime_ns if state.unsettled_bytes else None
         return state.merged(found)
 
     # ------------------------------------------------------------ time
@@ -287,7 +289,11 @@ class OpenFiles:
             except EmberfsError as problem:
                 log.error("closing inode %d: %s", file.inode_id, problem)
 
-        await asyncio.gather(*(end(file) for file in list(self._files)))
+        try:
+            async with asyncio.timeout(CLOSE_NS / SECOND):
+                await asyncio.gather(*(end(file) for file in list(self._files)))
+        except TimeoutError:
+            log.error("%d files could not be closed in time", len(self._files))
         await self._tasks.close()
         self.write_memory.pool.close()
         self.read_memory.lender.close()

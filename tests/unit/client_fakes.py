@@ -400,8 +400,8 @@ class FakeMeta(FakeNode):
         fields = {}
         if r.length is not None and r.truncate_version == inode.truncate_version:
             fields["length"] = max(inode.length, r.length)
-        if r.mtime_ns is not None:
-            fields["mtime_ns"] = r.mtime_ns
+        if fields.get("length", inode.length) != inode.length or r.mtime_ns is not None:
+            fields["mtime_ns"] = 777 if r.mtime_ns is None else r.mtime_ns
         if r.close:
             del self.sessions[r.inode, r.session]
         return mc.InodeAnswer(self.change(r.inode, **fields))

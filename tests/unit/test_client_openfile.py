@@ -231,6 +231,8 @@ def test_error_of_a_background_write_is_told_once_to_each_description():
         with pytest.raises(EmberfsError) as caught:
             await file.flush()
         assert caught.value.code == Code.NO_SPACE
+        with pytest.raises(EmberfsError):  # a flush does not take it away: see _raise_late_error
+            await file.fsync()
         await file.flush()
         with pytest.raises(EmberfsError) as caught:
             await other.write(0, b"x")
@@ -256,6 +258,20 @@ def test_close_tells_a_write_error_and_still_ends_the_session():
             await file.close()
         assert caught.value.code == Code.NO_SPACE
         assert not world.meta.sessions
+
+    run(test)
+
+
+def test_closing_the_client_does_not_wait_for_ever_for_lost_servers(monkeypatch):
+    monkeypatch.setattr(openfile, "CLOSE_NS", 200_000_000)
+
+    async def test(world):
+        files = world.client()
+        file = await make(files)
+        for node in world.storage:
+            node.hang = True
+        await file.write(0, b"data")
+        await asyncio.wait_for(files.close(), 2)
 
     run(test)
 
