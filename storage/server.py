@@ -85,7 +85,7 @@ class StorageServer:
         node = Node(
             id=NodeId(config.node),
             kind=NodeKind.STORAGE,
-            host=config.host,
+            host=config.host or env.host_key,
             endpoints=tuple(self._published(endpoint) for endpoint in endpoints),
             incarnation=env.random.getrandbits(62),
             alive=True,
