@@ -15,7 +15,7 @@ from emberfs.client.control import Control
 from emberfs.deploy import doctor as doctor_checks
 from emberfs.deploy import local_cluster, processes
 from emberfs.deploy.fsck import Fsck
-from emberfs.deploy.plan import Plan, load_plan
+from emberfs.deploy.plan import Plan, load_plan, write_plan
 from emberfs.deploy.status import console, show, size
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND
@@ -162,7 +162,7 @@ def mount(
     plan = plan_of(directory)
     if mountpoint:
         plan = msgspec.structs.replace(plan, mountpoint=str(mountpoint.absolute()))
-        local_cluster.write_plan(plan)
+        write_plan(plan)
     perform(local_cluster.mount_here(RealEnv(), plan, say))
 
 

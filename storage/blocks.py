@@ -8,8 +8,8 @@ import threading
 from collections.abc import Sequence
 
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import KiB
-from emberfs.runtime.env import Disk, DiskFile
+from emberfs.proto.ids import KiB, MiB
+from emberfs.runtime.env import Disk, DiskFile, Space
 from emberfs.storage.allocator import (
     CLASS_BYTES,
     GROUP_BYTES,
@@ -34,11 +34,18 @@ def file_name(size_class: int) -> str:
     return f"blocks.{CLASS_BYTES[size_class] // KiB}K"
 
 
+def record_reserve_bytes(space: Space) -> int:
+    """Space that blocks never take: removing a chunk on a full disk needs room for its record."""
+    return min(256 * MiB, max(24 * MiB, space.total_bytes // 20))
+
+
 class BlockFiles:
     """Reads and writes blocks. Thread-safe."""
 
     def __init__(self, disk: Disk, path: str) -> None:
         """Open (or create) the files of all classes. The caller syncs the directory."""
+        self._disk = disk
+        self._path = path
         self._files: list[DiskFile] = []
         for size_class in range(len(CLASS_BYTES)):
             self._files.append(disk.open(f"{path}/{file_name(size_class)}", create=True))
@@ -48,9 +55,13 @@ class BlockFiles:
     def reserve_group(self, size_class: int, group: int) -> None:
         """Reserve a group's space. Raises NO_SPACE or DISK."""
         size = GROUP_BYTES[size_class]
+        space = self._disk.space(self._path)
+        if space.free_bytes - size < record_reserve_bytes(space):
+            raise EmberfsError(Code.NO_SPACE, f"{self._path}: full; delete data or add targets")
         try:
             self._files[size_class].allocate(group * size, size)
         except OSError as problem:
+            self.release_group(size_class, group)  # it may have got a part
             raise disk_error(problem, f"reserving {size >> 10} KiB for blocks") from None
         self._mark_dirty(size_class)
 

@@ -19,7 +19,7 @@ from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, RememberedWrite, U
 from emberfs.runtime.checksum import crc32c
 from emberfs.runtime.env import Env
 from emberfs.storage.blockcheck import BlockCheck
-from emberfs.storage.blocks import BlockFiles, disk_error
+from emberfs.storage.blocks import BlockFiles, disk_error, record_reserve_bytes
 from emberfs.storage.content import Outcome, read_view
 from emberfs.storage.flush import Flusher
 from emberfs.storage.records import ChunkRecord, chunk_of_key, decode_record, record_range
@@ -203,7 +203,8 @@ class ChunkStore:
         """As configured, else used + reserved + what the file system has free."""
         if self._table.capacity_bytes:
             return self._table.capacity_bytes
-        free = self._env.disk.space(self._path).free_bytes
+        space = self._env.disk.space(self._path)
+        free = max(0, space.free_bytes - record_reserve_bytes(space))
         return self._table.allocator.reserved_bytes + free
 
     @property

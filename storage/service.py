@@ -237,6 +237,10 @@ class StorageService:
         rows, more = await self._env.run_blocking(
             lambda: replica.store.list(request.start, request.stop, limit, request.verify)
         )
+        if replica.state.serves:
+            for row in rows:
+                if row.damaged:
+                    self._repairer.damaged(replica, row.chunk)
         return LIST.encode_answer(ListAnswer(tuple(rows), more))
 
     async def sync(self, call: ServerCall) -> bytes:

@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
 
 # Modules that hold protocol and no input or output.
 PURE = {
+    "client.readahead",
     "proto.ids",
     "proto.errors",
     "proto.cluster",
@@ -37,12 +38,19 @@ PURE = {
     "mgmtd.events",
     "mgmtd.membership",
     "mgmtd.placement",
+    "meta.attributes",
+    "meta.permission",
     "meta.schema",
     "runtime.retry",
     "storage.allocator",
+    "storage.chunk_events",
     "storage.craq",
+    "storage.readrule",
+    "storage.records",
+    "storage.redo",
     "storage.resync",
     "storage.target",
+    "storage.view",
 }
 PURE_STDLIB = {
     "__future__",

@@ -1,9 +1,10 @@
 """A process that writes, syncs and verifies one file until it is told to stop.
 
-It is a process of its own: a test that starts servers while it holds an open file on the mount would
-wait for the mount, because the child's exec closes the inherited file, and close flushes.
+It is a process of its own: a test that starts servers while it holds an open file on the mount
+would wait for the mount, because the child's exec closes the inherited file, and close flushes.
 
-usage: writer.py FILE PROGRESS    PROGRESS gets "rounds longest_s"; SIGTERM ends it, exit 0 if all is well.
+usage: writer.py FILE PROGRESS
+PROGRESS gets "rounds longest_s"; SIGTERM ends it, exit 0 if all is well.
 """
 
 import os

@@ -151,3 +151,18 @@ def test_a_cancelled_caller_waits_for_its_thread() -> None:
         assert ended.is_set()
 
     asyncio.run(body())
+
+
+def test_punched_space_is_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    file = RealEnv().disk.open(str(path), create=True)
+    file.write([memoryview(bytes([7]) * (1 << 20))], 0)
+    file.datasync()
+    before = path.stat().st_blocks
+    file.punch(0, 1 << 19)
+    assert path.stat().st_size == 1 << 20
+    assert path.stat().st_blocks < before
+    view = memoryview(bytearray(2))
+    file.read_into(view, (1 << 19) - 1)
+    assert bytes(view) == b"\0\7"
+    file.close()
