@@ -25,8 +25,10 @@ log = logging.getLogger("emberfs.client.fuse")
 WORKERS_MIN = 8  # workers that stay parked; fewer means starting tasks all the time
 WORKERS_MAX = 256  # requests in progress at once; each holds a buffer of 1 MiB once it was used
 ANSWER_TIMEOUT_S = 10.0
-FLUSH_TIMEOUT_S = 20.0
-END_TIMEOUT_S = 2.0
+# Together with unmounting these bound a stop to 20 s, what the CLI and systemd units wait for.
+FLUSH_TIMEOUT_S = 8.0
+END_TIMEOUT_S = 1.0
+PART_TIMEOUT_S = 5.0
 
 
 class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,7 +81,10 @@ class Mount:
         await self._env.run_blocking(lambda: mountpoint.tune(self._place, read_ahead_bytes))
 
     async def stop(self) -> None:
-        """Unmount (detach if it is busy), let running requests finish for a moment, end."""
+        """Unmount (detach if it is busy), let running requests finish for a moment, end.
+
+        Ends within a bounded time even if the servers are gone.
+        """
         if self.session is None:
             return
         gone = await self._env.run_blocking(self._unmount)
@@ -87,12 +92,16 @@ class Mount:
             pyfuse3.terminate()
             await asyncio.wait({self.session}, timeout=END_TIMEOUT_S)
         await self._tasks.close()
-        # Closing the descriptor answers what is still waiting in the kernel with ECONNABORTED.
+        # Closing the descriptor answers what still waits in the kernel with ECONNABORTED; a busy
+        # mount is detached.
         pyfuse3.close(unmount=not gone)
         self.session = None
 
     def _unmount(self) -> bool:
-        return mountpoint.unmount(self._place) or mountpoint.unmount(self._place, lazy=True)
+        if mountpoint.unmount(self._place):
+            return True
+        mountpoint.write_back(self._place)
+        return False
 
 
 class FuseService:
@@ -127,7 +136,7 @@ class FuseService:
                 await self._mount.stop()
         finally:
             if self._cluster is not None:
-                await self._cluster.close()
+                await self._part(self._cluster)
 
     async def _connect(self) -> Cluster:
         config = self._config
@@ -159,12 +168,19 @@ class FuseService:
         )
         return EmberOperations(self._env, metadata, files, policy, self._metrics)
 
+    async def _part(self, cluster: Cluster) -> None:
+        try:
+            async with asyncio.timeout(PART_TIMEOUT_S):
+                await cluster.close()
+        except TimeoutError:
+            log.error("the servers did not answer at the end; open files expire with the lease")
+
     async def _flush(self, files: OpenFiles) -> None:
         try:
             async with asyncio.timeout(FLUSH_TIMEOUT_S):
                 await files.flush_all()
         except (TimeoutError, EmberfsError) as problem:
-            log.error("not everything could be written before the end: %s", problem or "too slow")
+            log.error("not everything could be written: %s", str(problem) or "no answer in time")
 
 
 def mount_options(config: FuseConfig) -> set[str]:

@@ -21,9 +21,10 @@ DEVICE = Path("/dev/fuse")
 BACKGROUND_MAX = 128  # asynchronous requests in flight: read-ahead, O_DIRECT with aio
 CONGESTION_THRESHOLD = 96
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
-_TOOL_TIMEOUT_S = 10
+_TOOL_TIMEOUT_S = 3
 _PROBE_TIMEOUT_S = 5
 _ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
+_abandoned: list[subprocess.Popen[bytes]] = []
 _DEAD = {errno.ENOTCONN, errno.ECONNABORTED}
 
 
@@ -94,16 +95,12 @@ def is_dead(path: str) -> bool:
     A daemon that lives but hangs would hang us as well, so a child asks first. Raises
     EmberfsError(BUSY) when it gets no answer.
     """
-    try:
-        subprocess.run(
-            ["stat", "-f", path], capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
+    if _finish(("stat", "-f", path), _PROBE_TIMEOUT_S) is None:
         raise EmberfsError(
             Code.BUSY,
             f"{path}: a mount is here whose daemon does not answer; stop that process, or detach "
             f"the mount with umount -l {path}",
-        ) from None
+        )
     try:
         os.statvfs(path)  # stat(2) may still be answered from the kernel's cache
     except OSError as problem:
@@ -116,10 +113,15 @@ def unmount(path: str, *, lazy: bool = False) -> bool:
     mount = mount_at(path)
     if mount is None:
         return True
-    option = "-uz" if lazy else "-u"
-    return _run("fusermount3", option, mount.path) or _run(
-        "umount", *(["-l"] if lazy else []), mount.path
-    )
+    status = _finish(("fusermount3", "-uz" if lazy else "-u", mount.path), _TOOL_TIMEOUT_S)
+    if status is None:  # it waits for a daemon that does not answer; so would umount
+        return False
+    return status == 0 or _run("umount", *(["-l"] if lazy else []), mount.path)
+
+
+def write_back(path: str) -> bool:
+    """Make the kernel send what it holds of mapped and gathered writes (syncfs(2))."""
+    return _run("sync", "-f", path)
 
 
 def tune(path: str, read_ahead_bytes: int) -> None:
@@ -136,13 +138,6 @@ def tune(path: str, read_ahead_bytes: int) -> None:
         _run("mount", "-t", "fusectl", "fusectl", str(_CONNECTIONS))
     _write(connection / "max_background", BACKGROUND_MAX)
     _write(connection / "congestion_threshold", CONGESTION_THRESHOLD)
-
-
-def abort(path: str) -> None:
-    """Cut a mount off from its daemon: whoever waits for it gets an error at once (root only)."""
-    mount = mount_at(path)
-    if mount is not None:
-        _write(_CONNECTIONS / mount.device.split(":")[1] / "abort", 1)
 
 
 def _check_directory(place: str) -> None:
@@ -178,10 +173,12 @@ def _detach(place: str, mount: Mount) -> None:
 
 
 def _real(path: str) -> str:
-    """Absolute and free of symlinks, without touching the mount point itself (it may be dead)."""
+    """Absolute and free of symlinks, without touching a mount point itself (it may hang)."""
     parent, name = os.path.split(os.path.abspath(path))
     place = os.path.join(os.path.realpath(parent), name)
-    return os.path.realpath(place) if os.path.islink(place) else place
+    if any(mount.path == place for mount in mounts()):
+        return place
+    return os.path.realpath(place)
 
 
 def _unescape(field: str) -> str:
@@ -192,16 +189,29 @@ def _unescape(field: str) -> str:
 
 def _run(*command: str) -> bool:
     """Run a tool; False if it is missing, fails or takes too long."""
+    return _finish(command, _TOOL_TIMEOUT_S) == 0
+
+
+def _finish(command: tuple[str, ...], timeout_s: float) -> int | None:
+    """Run a tool; its exit status, None if it did not end in time.
+
+    A child whose request a FUSE daemon has taken and never answers cannot even be killed: nobody
+    may wait for it.
+    """
+    _abandoned[:] = [child for child in _abandoned if child.poll() is None]
+    quiet = subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as problem:
+        child = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+    except OSError as problem:
         log.debug("%s: %s", " ".join(command), problem)
-        return False
-    if done.returncode:
-        log.debug("%s: %s", " ".join(command), done.stderr.strip())
-    return done.returncode == 0
+        return 127
+    try:
+        return child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        log.warning("%s: not done after %.1f s", " ".join(command), timeout_s)
+        child.kill()
+        _abandoned.append(child)
+        return None
 
 
 def _write(path: Path, number: int) -> None:

@@ -46,6 +46,7 @@ class MemoryMetadata:
         self.last = 1
         self.calls: list[str] = []
         self.stalls = 0  # calls that never return
+        self.hole: bytes | None = None  # names that begin so are never found nor refused
         self.faults: dict[str, BaseException] = {}
 
     async def enter(self, name):
@@ -103,6 +104,8 @@ class MemoryMetadata:
 
     async def lookup(self, caller, parent, name):
         await self.enter("lookup")
+        if self.hole and name.startswith(self.hole):
+            await asyncio.Event().wait()
         node = self.child(parent, name)
         if node is None:
             raise EmberfsError(Code.NOT_FOUND)

@@ -1,6 +1,7 @@
 """A process that mounts the in-memory cluster: python -m semantics.memory_mount DIR [words].
 
-Words: stock (pyfuse3's own asyncio adapter), workers=N, writeback, hasty (deadline 1 s), plain.
+Words: stock (pyfuse3's own asyncio adapter), plain (no uvloop), workers=N, writeback, log,
+hasty (deadline 1 s). Looking up a name that begins with "hole" never ends.
 """
 
 import asyncio
@@ -13,13 +14,14 @@ import uvloop
 from emberfs.client import fuse, mountpoint
 from emberfs.client.fuse_operations import CachePolicy, EmberOperations
 from emberfs.runtime.real import RealEnv
-from semantics.memory_cluster import MemoryFiles, MemoryMetadata
+from semantics.memory_cluster import MemoryFile, MemoryFiles, MemoryMetadata
 
 
 async def serve(place: str, words: list[str]) -> None:
     env = RealEnv()
     metadata = MemoryMetadata(env)
     metadata.calls = Nothing()
+    metadata.hole = b"hole"
     files = MemoryFiles(metadata)
     files.writes = Nothing()
     timeout_ns = 1_000_000_000 if "hasty" in words else 60_000_000_000
@@ -30,6 +32,8 @@ async def serve(place: str, words: list[str]) -> None:
     for word in words:
         if word.startswith("workers="):
             fuse.WORKERS_MIN = int(word.removeprefix("workers="))
+    if "log" in words:
+        log_writes()
     if "stock" in words:
         stock()
     mount = fuse.Mount(env, operations, mountpoint.prepare(place))
@@ -43,6 +47,17 @@ async def serve(place: str, words: list[str]) -> None:
     print("mounted", flush=True)
     await stopping.wait()
     await mount.stop()
+
+
+def log_writes() -> None:
+    """Tell on stderr what arrives."""
+    real = MemoryFile.write
+
+    async def write(self, offset, data, **how):
+        logging.info("wrote %d at %d", len(data), offset)
+        return await real(self, offset, data, **how)
+
+    MemoryFile.write = write
 
 
 class Nothing(list):
