@@ -31,9 +31,8 @@ ROOT = Caller(0, 0)
 
 
 def report(what: str, figure: float, unit: str, limit: float, said: str) -> None:
-    print(
-        f"{what:44} {figure:10.0f} {unit:6} limit {limit:10.0f}  ratio {figure / limit:5.2f}  ({said})"
-    )
+    figures = f"{figure:10.0f} {unit:6} limit {limit:10.0f}  ratio {figure / limit:5.2f}"
+    print(f"{what:44} {figures}  ({said})", flush=True)
 
 
 def preadv_limit(path: Path, block: int) -> float:

@@ -12,7 +12,7 @@ from typing import Protocol
 from emberfs.client.control import Lease
 from emberfs.proto.cluster import Node, NodeKind, TargetReport
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import MS, SECOND, NodeId
+from emberfs.proto.ids import MS, SECOND, NodeId, RoutingVersion
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
 from emberfs.runtime.tasks import TaskSet
@@ -58,6 +58,9 @@ class Agent:
         self._reports = reports
         self._heartbeat_ns = HEARTBEAT_NS
         self._valid_until_ns = 0
+        # Routing that must have arrived before this node may serve: while the lease had lapsed,
+        # somebody else may have been put in its place.
+        self.needs_version = RoutingVersion(0)
         self._soon = asyncio.Event()
         self._tasks = TaskSet()
         self._problem: EmberfsError | None = None
@@ -136,6 +139,8 @@ class Agent:
         if self._problem is not None:
             log.info("mgmtd answers again; the lease is renewed")
             self._problem = None
+        if not self.lease_ok():
+            self.needs_version = lease.version
         self._heartbeat_ns = max(lease.heartbeat_ns, 1 * MS)
         self._valid_until_ns = sent_ns + lease.lease_ns // 2
 

@@ -128,7 +128,10 @@ class StorageServer:
         return [hosted.report() for hosted in self.service.targets.values()]
 
     def _lease_ok(self) -> bool:
-        return self._agent is not None and self._agent.lease_ok()
+        agent = self._agent
+        if agent is None or not agent.lease_ok():
+            return False
+        return self._routing.snapshot.version >= agent.needs_version
 
     def _report_now(self) -> None:
         if self._agent is not None:

@@ -62,6 +62,7 @@ class LocalCluster:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        root.chmod(0o755)  # other users must reach the mount
         self.directory = root / "c"
         self.mount = root / "m"
         self.base_port = free_port_block(20)

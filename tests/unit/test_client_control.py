@@ -246,6 +246,28 @@ def test_lease_is_counted_from_when_the_heartbeat_was_sent() -> None:
     run(story)
 
 
+def test_a_lapsed_lease_asks_for_the_routing_of_its_return() -> None:
+    async def story() -> None:
+        fake = FakeMgmtd()
+        agent = Agent(RealEnv(), fake, storage())
+        fake.lease = Lease(fake.lease.lease_ns, fake.lease.heartbeat_ns, RoutingVersion(5))
+        await agent.start(SECOND)
+        assert agent.needs_version == 5
+        fake.lease = Lease(fake.lease.lease_ns, fake.lease.heartbeat_ns, RoutingVersion(6))
+        beats = len(fake.calls)
+        await until(lambda: len(fake.calls) > beats + 2)
+        assert agent.needs_version == 5  # it was never in doubt meanwhile
+        fake.problem = EmberfsError(Code.UNREACHABLE, "gone")
+        await until(lambda: not agent.lease_ok())
+        fake.lease = Lease(fake.lease.lease_ns, fake.lease.heartbeat_ns, RoutingVersion(9))
+        fake.problem = None
+        await until(agent.lease_ok)
+        assert agent.needs_version == 9
+        await agent.close()
+
+    run(story)
+
+
 def test_forgotten_node_registers_again() -> None:
     async def story() -> None:
         fake = FakeMgmtd()
