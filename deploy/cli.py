@@ -40,7 +40,7 @@ CONNECT_TIMEOUT_NS = 10 * SECOND
 
 def say(text: str) -> None:
     """Print one line for people."""
-    console().print(text, markup=False)
+    console().print(text, markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:
