@@ -53,6 +53,12 @@ def mount_at(path: str) -> Mount | None:
     return next((mount for mount in reversed(mounts()) if mount.path == place), None)
 
 
+def is_ours(path: str) -> bool:
+    """Tell whether emberfs is mounted at `path`, its daemon alive or dead."""
+    mount = mount_at(path)
+    return mount is not None and mount.kind == "fuse.emberfs"
+
+
 def prepare(path: str) -> str:
     """Make sure that something can be mounted at `path`; return its absolute form.
 
@@ -134,10 +140,13 @@ def tune(path: str, read_ahead_bytes: int) -> None:
         return
     _write(Path("/sys/class/bdi") / mount.device / "read_ahead_kb", read_ahead_bytes // 1024)
     connection = _CONNECTIONS / mount.device.split(":")[1]
+    borrowed = False
     if not connection.exists():  # containers come without it; systemd mounts it on hosts
-        _run("mount", "-t", "fusectl", "fusectl", str(_CONNECTIONS))
+        borrowed = _run("mount", "-t", "fusectl", "fusectl", str(_CONNECTIONS))
     _write(connection / "max_background", BACKGROUND_MAX)
     _write(connection / "congestion_threshold", CONGESTION_THRESHOLD)
+    if borrowed:  # leave the host as it was
+        _run("umount", str(_CONNECTIONS))
 
 
 def _check_directory(place: str) -> None:

@@ -17,6 +17,9 @@ from emberfs.proto.ids import KiB, MiB
 CLASS_BYTES_MIN = 4 * KiB
 CLASS_BYTES_MAX = 64 * MiB
 SLAB_BYTES = 4 * MiB  # larger classes have a slab of one buffer
+# What a pool keeps for its next user; above it, idle slabs go back to the kernel. Enough for a
+# stream's usual window, so that a steady load never allocates.
+IDLE_BYTES_MAX = 24 * MiB
 
 
 class _Slab:
@@ -88,6 +91,8 @@ class BufferPool:
             slab.free.append(buffer.offset)
         if self._waiting:
             self._serve_waiting()
+        if not slab.taken and self.slab_bytes - self.taken_bytes > IDLE_BYTES_MAX:
+            self._retire(slab)
 
     def close(self) -> None:
         """Release all memory that nobody uses; nothing can be taken any more."""
@@ -160,6 +165,8 @@ class BufferPool:
 
     def _retire(self, slab: _Slab) -> None:
         """Hand out nothing more of a slab; forget it when its last buffer is back."""
+        if slab.region.id not in self._slabs:
+            return
         slabs = self._with_room.get(slab.class_bytes, [])
         if slab in slabs:
             slabs.remove(slab)

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from emberfs.client.mountpoint import is_ours
 from emberfs.deploy import processes
-from emberfs.deploy.mounts import is_ember_mount
 from emberfs.deploy.plan import Plan, load_plan
 
 BIN = Path(sys.executable).parent
@@ -124,7 +124,7 @@ class LocalCluster:
 
     def destroy(self) -> None:
         """End every process and the mount, whatever state they are in."""
-        if is_ember_mount(self.mount):
+        if is_ours(str(self.mount)):
             subprocess.run(["fusermount3", "-uz", str(self.mount)], check=False, timeout=20)
         plan = load_plan(self.directory)
         for name in [*plan.service_names(), "fuse"] if plan else []:

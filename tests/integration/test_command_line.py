@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from emberfs.client.control import Control
-from emberfs.deploy.mounts import is_ember_mount
+from emberfs.client.mountpoint import is_ours
 from emberfs.deploy.plan import STORAGE_NODE_FIRST, Plan, write_plan
 from emberfs.deploy.processes import resident_bytes
 from emberfs.proto.cluster import RoutingSnapshot
@@ -33,7 +33,7 @@ def test_up_twice_down_up_keeps_data(unstarted: LocalCluster) -> None:
     (unstarted.mount / "kept").write_text("data")
     assert "running already" in unstarted.up()
     assert "unmounted" in unstarted.emberfs("down").stdout
-    assert not is_ember_mount(unstarted.mount)
+    assert not is_ours(str(unstarted.mount))
     assert not (unstarted.mount / "kept").exists()
     unstarted.up()
     assert (unstarted.mount / "kept").read_text() == "data"
@@ -241,3 +241,17 @@ def flip_bytes(directory: Path, data: bytes) -> int:
                     file.write(bytes(byte ^ 0xFF for byte in needle))
                     found += 1
     return found
+
+
+def test_a_busy_mount_is_not_torn_from_its_user(fresh: LocalCluster) -> None:
+    path = fresh.mount / "held"
+    path.write_text("x")
+    with path.open() as file:
+        holder = subprocess.Popen(["sleep", "60"], stdin=file)
+    try:
+        assert "in use" in one_line(fresh.emberfs("down", check=False))
+        assert path.read_text() == "x"
+        assert "unmounted" in fresh.emberfs("down", "--force").stdout
+    finally:
+        holder.kill()
+        holder.wait()

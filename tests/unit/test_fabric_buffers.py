@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberfs.fabric.buffers import BufferPool
+from emberfs.fabric.buffers import IDLE_BYTES_MAX, BufferPool
 from emberfs.fabric.region import Region, Slice
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import KiB, MiB
@@ -44,6 +44,29 @@ def test_buffers_never_overlap_and_the_bound_holds(steps: list[tuple[bool, int]]
     assert pool.taken_bytes == 0
     # All of it can be had again, as one buffer, whatever classes it was cut into.
     pool.give(pool.take(4 * MiB))
+    pool.close()
+
+
+def test_idle_memory_goes_back_to_the_kernel() -> None:
+    pool = BufferPool(256 * MiB)
+    held = [pool.take(1 * MiB) for _ in range(128)]
+    assert pool.slab_bytes >= 128 * MiB
+    for buffer in held:
+        pool.give(buffer)
+    assert 0 < pool.slab_bytes <= IDLE_BYTES_MAX
+    pool.give(pool.take(1 * MiB))
+    pool.close()
+
+
+def test_a_steady_load_keeps_its_memory() -> None:
+    pool = BufferPool(256 * MiB)
+    seen = set()
+    for _ in range(50):
+        held = [pool.take(1 * MiB) for _ in range(8)]
+        seen.update(buffer.region.id for buffer in held)
+        for buffer in held:
+            pool.give(buffer)
+    assert len(seen) == 2  # 8 MiB in slabs of 4
     pool.close()
 
 

@@ -1,0 +1,122 @@
+"""Plans, processes, doctor and the words of status."""
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from emberfs.client.fuse import FuseConfig
+from emberfs.deploy import doctor, processes
+from emberfs.deploy.local_cluster import bring_up
+from emberfs.deploy.plan import Plan, load_plan, service_settings, write_plan
+from emberfs.deploy.processes import Process
+from emberfs.deploy.status import recovery_note, size
+from emberfs.meta.server import MetaConfig
+from emberfs.mgmtd.server import MgmtdConfig
+from emberfs.proto.cluster import PublicState
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.ids import MiB
+from emberfs.runtime.config import load_config
+from emberfs.runtime.real import RealEnv
+from emberfs.storage.server import StorageConfig
+
+
+def plan_in(tmp_path: Path, **fields: object) -> Plan:
+    return Plan(directory=str(tmp_path / "c"), mountpoint=str(tmp_path / 'm "x"'), **fields)
+
+
+def test_a_plan_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path, base_port=12345, storage_directories=("/a", "/b", "/c"))
+    write_plan(plan)
+    assert load_plan(tmp_path / "c") == plan
+    assert load_plan(tmp_path / "none") is None
+
+
+def test_every_service_accepts_what_the_plan_writes(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    write_plan(plan)
+    types = {"mgmtd": MgmtdConfig, "meta": MetaConfig, "fuse": FuseConfig}
+    ports = set()
+    for name in [*plan.service_names(), "fuse"]:
+        config = load_config(plan.process(name).config, types.get(name, StorageConfig))
+        ports.add(config.metrics_port)
+    assert len(ports) == 6
+    assert service_settings(plan, "storage2")["node"] == 12
+
+
+def test_samples_are_valid() -> None:
+    samples = Path(__file__).resolve().parents[2] / "deploy" / "samples"
+    types = {
+        "mgmtd": MgmtdConfig,
+        "meta": MetaConfig,
+        "storage": StorageConfig,
+        "fuse": FuseConfig,
+    }
+    for name, config_type in types.items():
+        load_config(samples / f"{name}.toml", config_type)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"replicas": 4}, "4 replicas"), ({"directory": "/tmp/" + "x" * 100}, "shorter")],
+)
+def test_impossible_plans_are_refused(tmp_path: Path, fields: dict[str, object], says: str) -> None:
+
+    plan = msgspec.structs.replace(plan_in(tmp_path), **fields)
+    with pytest.raises(EmberfsError, match=says):
+        asyncio.run(bring_up(RealEnv(), plan, print))
+
+
+def process_in(tmp_path: Path) -> Process:
+    return Process("p", "emberfs-nothing", tmp_path / "c", tmp_path / "p.pid", tmp_path / "p.log")
+
+
+def test_a_pid_of_somebody_else_is_not_ours(tmp_path: Path) -> None:
+    process = process_in(tmp_path)
+    assert processes.running_pid(process) is None
+    process.pid_file.write_text(f"{os.getpid()} 1\n")  # our pid, another start time
+    assert processes.running_pid(process) is None
+    process.pid_file.write_text("garbage")
+    assert processes.running_pid(process) is None
+
+
+def test_a_missing_command_is_said(tmp_path: Path) -> None:
+    with pytest.raises(EmberfsError, match="make install"):
+        processes.start(process_in(tmp_path))
+
+
+def test_failure_quotes_the_last_line(tmp_path: Path) -> None:
+    process = process_in(tmp_path)
+    assert "wrote nothing" in processes.failure(process)
+    process.log_file.write_text("one\nport 1 is taken\n")
+    assert "port 1 is taken" in processes.failure(process)
+
+
+def test_doctor_names_a_taken_port_and_a_missing_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(doctor, "PACKAGES", ("emberfs-is-not-on-any-index",))
+        findings = doctor.examine(RealEnv(), tmp_path / "not" / "yet", [port])
+    fatal = {f.subject: f.remedy for f in findings if f.grade == doctor.Grade.FATAL}
+    assert "--base-port" in fatal[f"port {port}"]
+    assert fatal["emberfs-is-not-on-any-index"] == "make install"
+    assert all(f.remedy for f in findings if f.grade != doctor.Grade.FINE)
+
+
+def test_recovery_is_shown_with_progress() -> None:
+    assert recovery_note(PublicState.SYNCING, 3 * MiB, 12 * MiB) == "recovery 25 % of 12 MiB"
+    assert recovery_note(PublicState.SYNCING, 0, 0) == "recovery begins"
+    assert recovery_note(PublicState.SERVING, 3, 12) == ""
+
+
+def test_sizes_for_people() -> None:
+    assert [size(0), size(1023), size(1536), size(5 << 40)] == [
+        "0 B", "1023 B", "1.5 KiB", "5.0 TiB",
+    ]  # fmt: skip
