@@ -8,10 +8,12 @@ import asyncio
 import json
 import os
 import random
+import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import uvloop
 
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from integration.harness import LocalCluster, local_cluster, run
 
 FILE_BYTES = 64 * MiB
+WRITE_BYTES = 256 * MiB
 SECONDS = 2.0
 ROOT = Caller(0, 0)
 
@@ -49,6 +52,47 @@ def preadv_limit(path: Path, block: int) -> float:
         count += min(256, len(offsets))
     os.close(fd)
     return count / (time.perf_counter() - began)
+
+
+def socket_limit(path: Path) -> float:
+    """MiB per second of a bare sendfile-to-recv_into loop over loopback TCP."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = os.fork()
+        if sender == 0:
+            _send_for_ever(path, listener.getsockname()[1])
+        wire, _ = listener.accept()
+    region, received, began = Region(MiB), 0, time.perf_counter()
+    with wire:
+        while time.perf_counter() - began < SECONDS:
+            received += wire.recv_into(region.view)
+        took_s = time.perf_counter() - began
+    os.waitpid(sender, 0)
+    return received / MiB / took_s
+
+
+def _send_for_ever(path: Path, port: int) -> NoReturn:
+    with socket.create_connection(("127.0.0.1", port)) as wire, path.open("rb") as file:
+        try:
+            while True:
+                sent = 0
+                while sent < MiB:
+                    sent += os.sendfile(wire.fileno(), file.fileno(), sent, MiB - sent)
+        except OSError:
+            os._exit(0)
+
+
+def write_limit(directory: Path) -> float:
+    """Logical MiB per second when every byte is written three times and synced at the end."""
+    data = os.urandom(MiB)
+    began = time.perf_counter()
+    fd = os.open(directory / "raw", os.O_WRONLY | os.O_CREAT)
+    for _ in range(3 * WRITE_BYTES // MiB):
+        os.write(fd, data)
+    os.fsync(fd)
+    os.close(fd)
+    took_s = time.perf_counter() - began
+    (directory / "raw").unlink()
+    return WRITE_BYTES / MiB / took_s
 
 
 def random_offsets(block: int) -> list[int]:
@@ -97,10 +141,13 @@ async def read_loop(client: Cluster, inode: Inode, block: int, batch: int) -> fl
 
 
 def fio(directory: Path, **options: object) -> dict[str, float]:
+    if "end_fsync" not in options:
+        options |= {"runtime": SECONDS + 2, "time_based": 1}
     done = run(
         "fio", "--name=bench", f"--directory={directory}", "--ioengine=psync",
-        f"--runtime={SECONDS + 2}", "--time_based=1", "--output-format=json", "--group_reporting",
-        "--filename=bench", f"--size={FILE_BYTES}",
+        "--output-format=json", "--group_reporting",
+        f"--filename={options.pop('filename', 'bench')}",
+        f"--size={WRITE_BYTES if 'end_fsync' in options else FILE_BYTES}",
         *(f"--{key}={value}" for key, value in options.items()),
     )  # fmt: skip
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
@@ -135,19 +182,20 @@ def bench(cluster: LocalCluster) -> None:
             file.write(data)
             os.fsync(file.fileno())
     for block, batch, unit in ((MiB, 8, "MiB/s"), (4 * KiB, 64, "op/s")):
-        limit = preadv_limit(local / "bench", block)
         for transport in ("shm", "tcp"):
+            limit, said = preadv_limit(local / "bench", block), "preadv loop, same bytes cached"
+            if transport == "tcp" and block == MiB:
+                limit, said = socket_limit(local / "bench"), "sendfile to recv_into, loopback"
             figure = uvloop.run(
                 native_reads(cluster, transport=transport, block=block, batch=batch)
             )
             what = f"native read {block // KiB} KiB, batch {batch}, {transport}"
-            report(what, figure, unit, limit, "preadv loop, same bytes cached")
+            report(what, figure, unit, limit, said)
     for what, options, key in (
         ("FUSE read 1 MiB direct", {"rw": "read", "bs": "1m", "direct": 1}, "mib"),
         ("FUSE read 1 MiB buffered", {"rw": "read", "bs": "1m", "invalidate": 1}, "mib"),
         ("FUSE random read 4 KiB direct, 8 jobs",
          {"rw": "randread", "bs": "4k", "direct": 1, "numjobs": 8}, "iops"),
-        ("FUSE write 1 MiB, fsync at end", {"rw": "write", "bs": "1m", "end_fsync": 1}, "mib"),
         ("FUSE random write 4 KiB, fsync each 32",
          {"rw": "randwrite", "bs": "4k", "fsync": 32}, "iops"),
     ):  # fmt: skip
@@ -155,6 +203,9 @@ def bench(cluster: LocalCluster) -> None:
         figure = fio(cluster.mount, **options)[key]
         limit = fio(local, **options)[key]
         report(what, figure, unit, limit, "the same fio on the local file system, 1 copy")
+    figure = fio(cluster.mount, rw="write", bs="1m", end_fsync=1, filename="fresh")["mib"]
+    limit = write_limit(local)
+    report("FUSE write 1 MiB, fsync at end", figure, "MiB/s", limit, "3 times the bytes, fsync")
     limits = names_per_second(local / "names")
     for what, figure in names_per_second(cluster.mount / "names").items():
         report(f"FUSE {what}, 1 process", figure, "op/s", limits[what], "local file system")
