@@ -27,6 +27,9 @@ async def transports(env: Env, routing: RoutingSnapshot) -> dict[int, str]:
     for node in routing.nodes.values():
         if not node.alive or not node.endpoints:
             continue
+        if node.kind == NodeKind.MGMTD:
+            found[node.id] = "gRPC: the control plane"
+            continue
         try:
             await pool.get(node.endpoints)
         except EmberfsError as problem:

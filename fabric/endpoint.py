@@ -28,6 +28,7 @@ class Transport(Protocol):
     """One way to move frames and memory."""
 
     scheme: str
+    merit: str  # why it is chosen, for people
 
     def refusal(self, env: Env, endpoint: str) -> str:
         """Say why this endpoint cannot work from here; "" if it may."""

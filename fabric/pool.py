@@ -130,7 +130,7 @@ class PeerPool:
         entry.backoff.reset()
         entry.failure = None
         entry.peer = peer
-        entry.reason = "; ".join([f"{peer.transport}: {peer.endpoint}", *reasons])
+        entry.reason = "; ".join([self._transports[peer.transport].merit, *reasons])
         log.info("connected to %s (%s)", peer.endpoint, entry.reason)
         return peer
 

@@ -33,6 +33,7 @@ class ShmTransport:
     """See endpoint.Transport."""
 
     scheme = "shm"
+    merit = "same host, memory is shared"
 
     def refusal(self, env: Env, endpoint: str) -> str:
         """Memory is shared on one host only."""

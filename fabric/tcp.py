@@ -22,6 +22,7 @@ class TcpTransport:
     """See endpoint.Transport."""
 
     scheme = "tcp"
+    merit = "the server offers it to every host"
 
     def refusal(self, env: Env, endpoint: str) -> str:
         """TCP works from everywhere."""
