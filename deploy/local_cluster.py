@@ -21,6 +21,7 @@ from emberfs.proto.ids import MS, SECOND, ChainId, NodeId, TargetId
 from emberfs.runtime.env import Env
 
 START_TIMEOUT_NS = 30 * SECOND
+SILENCE_NS = 2 * SECOND  # then a wait is explained
 STOP_TIMEOUT_S = 30.0  # the daemon's own bound is 25 s with servers that do not answer
 
 Say = Callable[[str], None]
@@ -37,11 +38,11 @@ async def bring_up(env: Env, plan: Plan, say: Say, *, mount: bool = True) -> Rou
     say(f"started {', '.join(started)}" if started else "all services were running already")
     control = Control((plan.mgmtd_address,), plan.cluster)
     try:
-        routing = await _await_targets(env, plan, control)
+        routing = await _await_targets(env, plan, control, say)
         if not routing.chains:
             await control.create_chains(_chains(plan))
             say(f"created {len(_chains(plan))} chains of {plan.replicas} replicas")
-        routing = await _await_serving(env, plan, control)
+        routing = await _await_serving(env, plan, control, say)
     finally:
         await control.close()
     if mount:
@@ -91,11 +92,12 @@ async def _await_routing(
     env: Env,
     plan: Plan,
     control: Control,
+    say: Say,
     missing: Callable[[RoutingSnapshot], str],
 ) -> RoutingSnapshot:
     """Poll until nothing is missing; a dead service or the time limit ends the wait."""
-    deadline_ns = env.now_ns() + START_TIMEOUT_NS
-    routing = EMPTY_ROUTING
+    began_ns = env.now_ns()
+    routing, said = EMPTY_ROUTING, False
     while True:
         try:
             routing = await control.routing()
@@ -105,22 +107,26 @@ async def _await_routing(
         if not lacking:
             return routing
         _check_alive(plan, plan.service_names())
-        if env.now_ns() > deadline_ns:
+        waited_ns = env.now_ns() - began_ns
+        if waited_ns > START_TIMEOUT_NS:
             raise EmberfsError(Code.TIMEOUT, f"waited {START_TIMEOUT_NS // SECOND} s for {lacking}")
+        if waited_ns > SILENCE_NS and not said:
+            say(f"waiting for {lacking}")
+            said = True
         await env.sleep_ns(50 * MS)
 
 
-async def _await_targets(env: Env, plan: Plan, control: Control) -> RoutingSnapshot:
+async def _await_targets(env: Env, plan: Plan, control: Control, say: Say) -> RoutingSnapshot:
     wanted = {target for _, targets in _chains(plan) for target in targets}
 
     def missing(routing: RoutingSnapshot) -> str:
         absent = sorted(wanted - set(routing.targets))
         return f"targets {absent} to register" if absent else ""
 
-    return await _await_routing(env, plan, control, missing)
+    return await _await_routing(env, plan, control, say, missing)
 
 
-async def _await_serving(env: Env, plan: Plan, control: Control) -> RoutingSnapshot:
+async def _await_serving(env: Env, plan: Plan, control: Control, say: Say) -> RoutingSnapshot:
     def missing(routing: RoutingSnapshot) -> str:
         chains = [str(chain.id) for chain in routing.chains.values() if chain.head() is None]
         if chains or not routing.chains:
@@ -128,7 +134,7 @@ async def _await_serving(env: Env, plan: Plan, control: Control) -> RoutingSnaps
         asleep = [node.id for node in routing.nodes.values() if not node.alive and not node.client]
         return f"nodes {asleep} to come back" if asleep else ""
 
-    return await _await_routing(env, plan, control, missing)
+    return await _await_routing(env, plan, control, say, missing)
 
 
 async def mount_here(env: Env, plan: Plan, say: Say) -> None:
