@@ -24,7 +24,14 @@ class Cluster:
     """
 
     def __init__(
-        self, env: Env, control: Control, routing: Routing, client_id: ClientId, agent: Agent | None
+        self,
+        env: Env,
+        control: Control,
+        routing: Routing,
+        client_id: ClientId,
+        agent: Agent | None,
+        *,
+        durable_close: bool,
     ) -> None:
         self.env = env
         self.control = control
@@ -33,7 +40,7 @@ class Cluster:
         self.peers = PeerPool(env)
         self.chunkio = ChunkIO(env, routing, self.peers, client_id)
         self.metadata = Metadata(env, routing, self.peers, client_id)
-        self.files = OpenFiles(env, self.chunkio, self.metadata)
+        self.files = OpenFiles(env, self.chunkio, self.metadata, durable_close=durable_close)
         self._agent = agent
 
     @classmethod
@@ -44,13 +51,16 @@ class Cluster:
         cluster: str,
         *,
         register: bool = True,
+        durable_close: bool = True,
         host: str = "",
         timeout_ns: int = 10 * SECOND,
     ) -> "Cluster":
         """Connect. Raises UNREACHABLE, WRONG_CLUSTER or TIMEOUT with what to do about it.
 
         With `register` the process announces itself as a client and keeps a lease, so that its
-        open-file sessions live as long as it does. `mgmtd` are "ip:port" of the management service.
+        open-file sessions live as long as it does. Without `durable_close`, closing a written file
+        makes it safe from dead processes, but only fsync makes it safe from a power cut. `mgmtd`
+        are "ip:port" of the management service.
         """
         control = Control(mgmtd, cluster)
         routing = Routing(env, control)
@@ -67,7 +77,7 @@ class Cluster:
             await routing.close()
             await control.close()
             raise
-        return cls(env, control, routing, client_id, agent)
+        return cls(env, control, routing, client_id, agent, durable_close=durable_close)
 
     async def close(self) -> None:
         """Push what is buffered, end every session, say goodbye."""

@@ -42,6 +42,7 @@ class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     request_timeout_s: float = 60.0  # then the application gets ETIMEDOUT
     connect_timeout_s: float = 10.0
     read_ahead_bytes: int = 8 * MiB  # of the kernel, per open file
+    durable_close: bool = True  # close makes written data safe from a power cut, as fsync does
     writeback: bool = False  # the kernel gathers small writes; other clients see them later
     allow_other: bool = True  # other users may enter the mount; only where root mounts
     metrics_port: int = 0
@@ -145,7 +146,11 @@ class FuseService:
         try:
             async with asyncio.timeout(config.connect_timeout_s + 1):
                 return await Cluster.open(
-                    self._env, config.mgmtd, config.cluster, timeout_ns=timeout_ns
+                    self._env,
+                    config.mgmtd,
+                    config.cluster,
+                    durable_close=config.durable_close,
+                    timeout_ns=timeout_ns,
                 )
         except TimeoutError:
             raise EmberfsError(

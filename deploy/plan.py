@@ -32,6 +32,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     targets_per_storage: int = 3
     chunk_bytes: int = 1 << 20
     storage_directories: tuple[str, ...] = ()  # instead of DIRECTORY/data/storageN
+    durable_close: bool = True  # of the mount: see FuseConfig
     log_level: str = "INFO"
 
     @property
@@ -98,7 +99,7 @@ def service_settings(plan: Plan, name: str) -> dict[str, object]:
         }
     settings["mgmtd"] = (plan.mgmtd_address,)
     if name == "fuse":
-        return settings | {"mountpoint": plan.mountpoint}
+        return settings | {"mountpoint": plan.mountpoint, "durable_close": plan.durable_close}
     settings["listen"] = (f"shm://{plan.path('run', name + '.sock')}", "tcp://127.0.0.1:0")
     if name == "meta":
         return settings | {
