@@ -72,7 +72,8 @@ def fio(cluster: LocalCluster, name: str, pattern: str, block: str, size: str, d
     run(
         "fio", f"--name={name}", f"--filename={cluster.mount}/{name}", f"--rw={pattern}",
         f"--bs={block}", f"--size={size}", f"--direct={direct}", "--verify=crc32c",
-        "--verify_fatal=1", "--verify_state_save=0", "--ioengine=psync", "--end_fsync=1", timeout_s=LONG_S,
+        "--verify_fatal=1",
+            "--verify_state_save=0", "--ioengine=psync", "--end_fsync=1", timeout_s=LONG_S,
     )  # fmt: skip
 
 
@@ -89,7 +90,8 @@ def fio_matrix(cluster: LocalCluster) -> str:
 def killed_server(cluster: LocalCluster) -> str:
     job = subprocess.Popen(
         ["fio", "--name=k", f"--directory={cluster.mount}", "--rw=randwrite", "--bs=64k",
-         "--size=128m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--fsync=16", "--rate=4m"],
+         "--size=128m", "--verify=crc32c", "--verify_fatal=1",
+            "--verify_state_save=0", "--fsync=16", "--rate=4m"],
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     time.sleep(3)

@@ -28,7 +28,8 @@ def test_a_storage_service_dies_and_recovers_under_fio(fresh: LocalCluster) -> N
     fio = subprocess.Popen(
         [
             "fio", "--name=v", f"--directory={fresh.mount}", "--rw=randwrite", "--bs=16k",
-            "--size=24m", "--numjobs=1", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--fsync=16",
+            "--size=24m", "--numjobs=1", "--verify=crc32c", "--verify_fatal=1",
+            "--verify_state_save=0", "--fsync=16",
             "--ioengine=psync", "--rate_iops=120", "--output-format=json",
         ],
         stdout=subprocess.PIPE,

@@ -89,7 +89,8 @@ def test_fio_verifies(place: Path, direct: int, pattern: str, block: str) -> Non
     size = {"4k": "2m", "64k": "8m", "1m": "24m"}[block]
     done = run(
         "fio", "--name=v", f"--directory={place}", f"--rw={pattern}", f"--bs={block}",
-        f"--size={size}", f"--direct={direct}", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
+        f"--size={size}", f"--direct={direct}", "--verify=crc32c", "--verify_fatal=1",
+            "--verify_state_save=0",
         "--ioengine=psync", "--fsync_on_close=1", "--output-format=json",
     )  # fmt: skip
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
