@@ -1,6 +1,7 @@
 """The command `emberfs`."""
 
 import asyncio
+import shutil
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -127,7 +128,8 @@ async def _up(plan: Plan, *, mount: bool) -> None:
     say("Try next:")
     if mount:
         say(f"  cp -a /usr/share/doc {place}/ && diff -r /usr/share/doc {place}/doc")
-        say(f"  fio --name=demo --directory={place} --rw=randwrite --size=64m --verify=crc32c")
+        if shutil.which("fio"):
+            say(f"  fio --name=demo --directory={place} --rw=randwrite --size=64m --verify=crc32c")
     say("  emberfs status      emberfs fsck      emberfs doctor      emberfs down")
 
 
