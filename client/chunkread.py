@@ -7,7 +7,7 @@ or did not answer is avoided for a while, as long as another replica serves.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from emberfs.client import metrics
 from emberfs.client.gather import gather_all
@@ -18,7 +18,18 @@ from emberfs.fabric.region import Buffer, Slice, length_of, view_of
 from emberfs.proto.cluster import ChainTarget
 from emberfs.proto.errors import Code, EmberfsError, Reaction, code_of
 from emberfs.proto.files import Layout, pieces
-from emberfs.proto.ids import MS, SECOND, ChainId, ChunkId, InodeId, MiB, NodeId, TargetId
+from emberfs.proto.ids import (
+    MS,
+    SECOND,
+    ChainId,
+    ChunkId,
+    InodeId,
+    MiB,
+    NodeId,
+    RoutingVersion,
+    TargetId,
+    pack_chunk_id,
+)
 from emberfs.proto.storage_calls import (
     READ_BATCH,
     ReadOp,
@@ -67,7 +78,7 @@ class Job:
     spread: int  # which replica comes first
     place: ChainTarget | None = None  # the replica of the current attempt
     version: int = 0  # its chain version
-    tried: set[TargetId] = field(default_factory=set)  # failed since every replica was tried
+    tried: frozenset[TargetId] = frozenset()  # failed since every replica was tried
 
 
 @dataclass(slots=True)
@@ -78,8 +89,14 @@ class _Failure:
 
 def jobs_of(inode: InodeId, layout: Layout, offset: int, sink: Buffer) -> list[Job]:
     """Cut one read into jobs whose sinks are parts of the caller's buffer."""
+    chunk_bytes, chains, size = layout.chunk_bytes, layout.chains, length_of(sink)
+    index, within = divmod(offset, chunk_bytes)
+    if offset >= 0 and 0 < size <= min(PIECE_BYTES_MAX, chunk_bytes - within):
+        spread = (inode * 2654435761 + index) & 0x7FFF_FFFF
+        chunk, chain = pack_chunk_id(inode, index), chains[index % len(chains)]
+        return [Job(chain, chunk, within, size, sink, spread)]
     found: list[Job] = []
-    for piece in pieces(inode, layout, offset, length_of(sink)):
+    for piece in pieces(inode, layout, offset, size):
         spread = (inode * 2654435761 + piece.chunk_index) & 0x7FFF_FFFF
         for at in range(0, piece.length, PIECE_BYTES_MAX):
             length = min(PIECE_BYTES_MAX, piece.length - at)
@@ -115,28 +132,35 @@ class ChunkReader:
         self, jobs: list[Job], timeout_ns: int, stuck: list[_Failure] | None = None
     ) -> None:
         """Try jobs that were planned as one batch (or are `stuck` yet) until all are done."""
-        patience = Patience(
-            self._env,
-            self._routing,
-            _describer(jobs),
-            timeout_ns=timeout_ns,
-            attempt_ns=ATTEMPT_NS,
-        )
-        seen = self._routing.snapshot.version
-        batches, failures = ([jobs], []) if stuck is None else ([], stuck)
-        while True:
-            if len(batches) == 1:
-                failures.extend(await self._attempt(batches[0], patience))
-            elif batches:
-                done = await asyncio.gather(*(self._attempt(b, patience) for b in batches))
-                failures.extend(failure for part in done for failure in part)
-            if not failures:
-                return
+        began_ns, seen = self._env.now_ns(), self._routing.snapshot.version
+        failures = stuck
+        if failures is None:
+            failures = await self._attempt(jobs, min(timeout_ns, ATTEMPT_NS + _extra_ns(jobs)))
+        if failures:
+            patience = Patience(
+                self._env,
+                self._routing,
+                _describer(jobs),
+                timeout_ns=timeout_ns,
+                attempt_ns=ATTEMPT_NS,
+                began_ns=began_ns,
+            )
+            await self._persist(failures, patience, seen)
+
+    async def _persist(
+        self, failures: list[_Failure], patience: Patience, seen: RoutingVersion
+    ) -> None:
+        """Try what failed elsewhere or later until all is done."""
+        while failures:
             jobs = [failure.job for failure in failures]
             if (reason := self._after(failures, patience)) is not None:
                 await patience.pause(reason, seen)
             seen = self._routing.snapshot.version
             batches, failures = self._plan(jobs)
+            done = await asyncio.gather(
+                *(self._attempt(batch, patience.attempt_ns(_extra_ns(batch))) for batch in batches)
+            )
+            failures.extend(failure for part in done for failure in part)
 
     def _after(self, failures: list[_Failure], patience: Patience) -> EmberfsError | None:
         """Strike out the replicas that failed; return why to pause, if for some job none is left.
@@ -150,10 +174,10 @@ class ChunkReader:
             if problem.reaction != Reaction.FAILOVER or job.place is None:
                 reason = problem
                 continue
-            job.tried.add(job.place.target)
+            job.tried |= {job.place.target}
             serving = self._serving_now(job.chain)
             if all(place.target in job.tried for place in serving):
-                job.tried.clear()
+                job.tried = frozenset()
                 reason = problem
         return reason
 
@@ -175,9 +199,17 @@ class ChunkReader:
         chains = self._routing.snapshot.chains
         batches: list[list[Job]] = []
         room: dict[NodeId, tuple[list[Job], int]] = {}  # the batch being filled, its bytes
+        chosen: dict[tuple[ChainId, int], ChainTarget | None] = {}  # for jobs that never failed
         stuck: list[_Failure] = []
         for job in jobs:
-            job.place = place = self._choose(job)
+            turn = (job.chain, job.spread)
+            if job.tried or turn not in chosen:
+                place = self._choose(job)
+                if not job.tried:
+                    chosen[turn] = place
+            else:
+                place = chosen[turn]
+            job.place = place
             if place is None:
                 stuck.append(_Failure(job, _nothing_serves(job.chain)))
                 continue
@@ -221,7 +253,7 @@ class ChunkReader:
 
     # ------------------------------------------------------------ one call
 
-    async def _attempt(self, batch: list[Job], patience: Patience) -> list[_Failure]:
+    async def _attempt(self, batch: list[Job], timeout_ns: int) -> list[_Failure]:
         """One READ_BATCH; returns what failed."""
         place = batch[0].place
         assert place is not None
@@ -229,8 +261,6 @@ class ChunkReader:
             ReadOp(job.place.target, job.version, job.chunk, job.offset, job.length)  # type: ignore[union-attr, arg-type]
             for job in batch
         )
-        size = sum(job.length for job in batch)
-        timeout_ns = patience.attempt_ns(size * ATTEMPT_NS_PER_BYTE + 10 * MS)
         try:
             reply = await self._nodes.call(
                 place.node,
@@ -247,7 +277,7 @@ class ChunkReader:
         if self._suspects:
             self._suspects.pop(place.node, None)
         metrics.READ_CALLS.inc()
-        metrics.READ_BYTES.inc(size)
+        metrics.READ_BYTES.inc(sum([job.length for job in batch]))
         return failures
 
 
@@ -270,6 +300,11 @@ def _take_results(batch: list[Job], reply: Reply) -> list[_Failure]:
         elif result.length < job.length:
             clear(view_of(job.sink)[result.length :])
     return failures
+
+
+def _extra_ns(batch: Sequence[Job]) -> int:
+    """What the bytes of a call add to the time that it may take."""
+    return sum([job.length for job in batch]) * ATTEMPT_NS_PER_BYTE + 10 * MS
 
 
 def _nothing_serves(chain: ChainId) -> EmberfsError:

@@ -25,13 +25,17 @@ class Patience:
         attempt_ns: int,
         pause_first_ns: int = PAUSE_FIRST_NS,
         pause_max_ns: int = PAUSE_MAX_NS,
+        began_ns: int | None = None,
     ) -> None:
-        """`describe` says what is being tried; `attempt_ns` is the time of the first attempt."""
+        """`describe` says what is being tried; `attempt_ns` is the time of the first attempt.
+
+        `began_ns`: when the call began, if a first attempt was made before anybody needed this.
+        """
         self._env = env
         self._routing = routing
         self._describe = describe
         self._timeout_ns = timeout_ns
-        self._deadline_ns = env.now_ns() + timeout_ns
+        self._deadline_ns = (env.now_ns() if began_ns is None else began_ns) + timeout_ns
         self._attempt_ns = attempt_ns
         self._backoff = Backoff(pause_first_ns, pause_max_ns)
 

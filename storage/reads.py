@@ -94,10 +94,10 @@ class Reader:
     # -------------------------------------------------------- the fast path
 
     async def _catch_up(self, operations: Sequence[ReadOp]) -> None:
-        for operation in operations:
-            replica = self._replicas.get(operation.target)
-            if replica is not None and operation.chain_version > replica.view.chain_version:
-                await replica.catch_up(operation.chain_version)
+        for target, chain_version in {operation[:2] for operation in operations}:
+            replica = self._replicas.get(target)
+            if replica is not None and chain_version > replica.view.chain_version:
+                await replica.catch_up(chain_version)
 
     def _read_cached(
         self,
@@ -108,19 +108,20 @@ class Reader:
         """Read what is in memory; return the places of cold and of disputed chunks."""
         cold: list[int] = []
         disputed: list[int] = []
+        admitted: dict[tuple[TargetId, ChainVersion], TargetReplica] = {}
         for i, operation in enumerate(operations):
-            chunk = operation.chunk
+            target, chain_version, chunk, offset, length, _ = operation
+            sink = sinks[i]
             try:
-                replica = self._replica(operation, sinks[i])
-                if replica.is_disputed(ChunkId(chunk)):
+                # Nothing is awaited in this loop, so what holds for a target goes on to hold.
+                replica = admitted.get((target, chain_version))
+                if replica is None or length != len(sink):
+                    replica = admitted[target, chain_version] = self._replica(operation, sink)
+                if replica.is_disputed(chunk):
                     disputed.append(i)
                     continue
                 outcome = replica.store.try_read_into(
-                    chunk,
-                    version=0,
-                    offset=operation.offset,
-                    length=operation.length,
-                    sink=sinks[i],
+                    chunk, version=0, offset=offset, length=length, sink=sink
                 )
             except EmberfsError as problem:
                 results[i] = self._failed(operation, problem)
