@@ -5,16 +5,17 @@ proceed in parallel. No deadlock: a holder never asks for a second range.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 END = 1 << 63
 
 
 class _Hold:
-    __slots__ = ("exclusive", "granted", "start", "stop")
+    """One range, held for the body of an `async with`."""
 
-    def __init__(self, start: int, stop: int, exclusive: bool) -> None:
+    __slots__ = ("exclusive", "granted", "lock", "start", "stop")
+
+    def __init__(self, lock: "RangeLock", start: int, stop: int, exclusive: bool) -> None:
+        self.lock = lock
         self.start = start
         self.stop = stop
         self.exclusive = exclusive
@@ -27,6 +28,12 @@ class _Hold:
             and other.start < self.stop
         )
 
+    async def __aenter__(self) -> None:
+        await self.lock.take(self)
+
+    async def __aexit__(self, *problem: object) -> None:
+        self.lock.give(self)
+
 
 class RangeLock:
     """The locks of one file."""
@@ -35,26 +42,29 @@ class RangeLock:
         self._held: list[_Hold] = []
         self._waiting: list[_Hold] = []
 
-    @asynccontextmanager
-    async def hold(self, start: int, stop: int, *, exclusive: bool) -> AsyncIterator[None]:
+    def hold(self, start: int, stop: int, *, exclusive: bool) -> _Hold:
         """Hold [start, stop) for the body of an `async with`."""
-        mine = _Hold(start, stop, exclusive)
+        return _Hold(self, start, stop, exclusive)
+
+    async def take(self, mine: _Hold) -> None:
+        """Wait until a range is held."""
         if self._free(mine, len(self._waiting)):
             self._held.append(mine)
         else:
             await self._wait(mine)
-        try:
-            yield
-        finally:
-            self._held.remove(mine)
-            if self._waiting:
-                self._grant()
+
+    def give(self, mine: _Hold) -> None:
+        """End a hold."""
+        self._held.remove(mine)
+        if self._waiting:
+            self._grant()
 
     def _free(self, mine: _Hold, ahead: int) -> bool:
         """Nothing held, and nobody of the first `ahead` waiters, is in the way."""
-        return not any(mine.conflicts(other) for other in self._held) and not any(
-            mine.conflicts(other) for other in self._waiting[:ahead]
-        )
+        for other in self._held:
+            if mine.conflicts(other):
+                return False
+        return not any(mine.conflicts(other) for other in self._waiting[:ahead])
 
     async def _wait(self, mine: _Hold) -> None:
         mine.granted = asyncio.get_running_loop().create_future()
