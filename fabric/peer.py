@@ -128,7 +128,7 @@ class StreamPeer:
         deadline_ns = now_ns + timeout_ns
         shared = self._shared
         share = None if shared is None else self._share
-        pulled = gather(sources, share)
+        pulled = gather(sources, None if shared is None else self._share_source)
         filled = gather(sinks, share, writable=True)
         frame.check_request(len(body), len(sources), pulled.length, len(sinks), filled.length)
         cost = pulled.length + filled.streamed
@@ -184,6 +184,14 @@ class StreamPeer:
         if self._problem is None:
             self._sweeper.arm(now_ns, deadline_ns)
         return request, pending
+
+    def _share_source(self, region: Region) -> bool:
+        """As `_share`; but an abandoned region can be sent: retries carry the same memory.
+
+        Nobody else writes to what is only a source, so its bytes are as they were; they are
+        streamed, because the region is not to be named to any server again.
+        """
+        return not region.abandoned and self._share(region)
 
     def _share(self, region: Region) -> bool:
         """Make sure that the server has a region mapped; False if it has to be streamed."""

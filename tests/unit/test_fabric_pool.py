@@ -306,6 +306,8 @@ def test_stopped_server_is_a_timeout_and_taints_shared_memory(tmp_path: Path) ->
         await asyncio.sleep(0.02)
         peer = await pool.get([endpoint])
         await expect(Code.INVALID, peer.call(ECHO, b"", sinks=[sink], timeout_ns=SECOND))
+        # A write that is repeated carries the same memory: refused, its bytes would be lost.
+        assert (await peer.call(ECHO, b"w", sources=[sink], timeout_ns=SECOND)).body == b"w"
         sink = other.slice(0, 10)
         assert (await peer.call(ECHO, b"b", sinks=[sink], timeout_ns=SECOND)).body == b"b"
         region.close()
