@@ -3,7 +3,7 @@
 It is a process of its own: a test that starts servers while it holds an open file on the mount
 would wait for the mount, because the child's exec closes the inherited file, and close flushes.
 
-usage: writer.py FILE PROGRESS
+usage: writer.py FILE PROGRESS [SEED]
 PROGRESS gets "rounds longest_s"; SIGTERM ends it, exit 0 if all is well.
 """
 
@@ -19,11 +19,11 @@ FILE_BYTES = 4 << 20
 SYNC_EACH = 8
 
 
-def write(path: str, progress: Path) -> None:
+def write(path: str, progress: Path, seed: int) -> None:
     """Overwrite random ranges; the model in memory is the oracle."""
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
-    choose, model, rounds, longest_s = random.Random(3), bytearray(FILE_BYTES), 0, 0.0
+    choose, model, rounds, longest_s = random.Random(seed), bytearray(FILE_BYTES), 0, 0.0
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     os.pwrite(fd, model, 0)
     while not stopping:
@@ -44,13 +44,17 @@ def write(path: str, progress: Path) -> None:
 
 
 class Writer:
-    """The process, as a test holds it."""
+    """The process, as a test holds it; `script` is this one or another of the same usage."""
 
-    def __init__(self, path: Path, progress: Path) -> None:
+    def __init__(
+        self, path: Path, progress: Path, seed: int = 3, script: str | Path = __file__
+    ) -> None:
         self._progress = progress
         progress.write_text("0 0")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(path), str(progress)], stderr=subprocess.PIPE, text=True
+            [sys.executable, str(script), str(path), str(progress), str(seed)],
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def _seen(self) -> list[str]:
@@ -80,4 +84,4 @@ class Writer:
 
 
 if __name__ == "__main__":
-    write(sys.argv[1], Path(sys.argv[2]))
+    write(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 3)
