@@ -19,7 +19,7 @@ from emberfs.runtime.env import Env
 
 ReadRequest: TypeAlias = tuple[InodeId, Layout, int, Buffer]  # inode, layout, file offset, sink
 
-TIMEOUT_NS = 30 * SECOND
+TIMEOUT_NS = 60 * SECOND
 LIST_ROWS = 256  # chunks removed per round and chain
 
 

@@ -25,6 +25,7 @@ from emberfs.runtime.tasks import TaskSet
 
 # A read at the end of the file asks meta for the length when the last answer is older than this.
 LENGTH_AGE_NS = 200 * MS
+TAINTED_MAX = 8  # how often a read begins again in fresh memory; each costs a call's time
 
 _EMPTY = memoryview(b"")
 
@@ -96,9 +97,25 @@ class OpenFile:
             found = await self._from_memory(offset, length, direct=direct)
             if found is not None:
                 return found
-            buffer, view = self._services.read_memory.lender.lend(length)
-            await self._services.chunkio.read(self.inode_id, self._state.layout, offset, buffer)
-            return view
+            return await self._fetch(offset, length)
+
+    async def _fetch(self, offset: int, length: int) -> memoryview:
+        """Read from storage into lent memory.
+
+        A server that did not confirm the end of a call may still write into the memory that the
+        call named, so no other server is told to fill it: the read begins again in fresh memory.
+        """
+        services, tries = self._services, TAINTED_MAX
+        while True:
+            buffer, view = services.read_memory.lender.lend(length)
+            try:
+                await services.chunkio.read(self.inode_id, self._state.layout, offset, buffer)
+            except EmberfsError:
+                tries -= 1
+                if not tries or not isinstance(buffer, Slice) or not buffer.region.abandoned:
+                    raise
+            else:
+                return view
 
     async def read_into(self, offset: int, sink: Buffer, *, direct: bool = False) -> int:
         """Fill the caller's buffer; returns the byte count, short at the end of the file.

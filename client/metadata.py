@@ -23,7 +23,7 @@ from emberfs.runtime.env import Env
 Request = TypeVar("Request", bound=msgspec.Struct)
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
-DEADLINE_NS = 30 * SECOND
+DEADLINE_NS = 60 * SECOND
 ATTEMPT_NS = 10 * SECOND  # a server that accepts but never answers is left after this
 BACKOFF_FIRST_NS = 20 * MS
 BACKOFF_MAX_NS = 500 * MS

@@ -594,3 +594,30 @@ def test_concurrent_operations_are_atomic(seed, monkeypatch):
             assert len(set(content[at * slot : (at + 1) * slot])) == 1
 
     run(test)
+
+
+def test_a_read_begins_again_where_a_frozen_server_cannot_write():
+    """A call that its server never confirmed to have ended taints the memory it named."""
+
+    async def test(world):
+        files = world.client()
+        file = await make(files)
+        data = random.Random(1).randbytes(1000)
+        await file.write(0, data)
+        await file.flush()
+        chunkio = files._services.chunkio
+        read, used = chunkio.read, []
+
+        async def tainted_once(inode, layout, offset, sink, **options):
+            used.append(sink)
+            if len(used) == 1:
+                sink.region.abandoned = True
+                raise EmberfsError(Code.INVALID, "a server may still write to this region")
+            await read(inode, layout, offset, sink, **options)
+
+        chunkio.read = tainted_once
+        assert bytes(await file.read(0, 1000, direct=True)) == data
+        assert used[0].region is not used[1].region
+        await file.close()
+
+    run(test)
