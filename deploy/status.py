@@ -4,7 +4,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from emberfs.deploy import processes
-from emberfs.deploy.plan import Plan
+from emberfs.deploy.plan import META_NODE, STORAGE_NODE_FIRST, Plan
 from emberfs.fabric.pool import PeerPool
 from emberfs.proto.cluster import Node, NodeKind, PublicState, RoutingSnapshot
 from emberfs.proto.errors import EmberfsError
@@ -77,8 +77,6 @@ def _node_name(node: Node) -> str:
 def _memory(plan: Plan | None) -> dict[int, str]:
     if plan is None:
         return {}
-    from emberfs.deploy.plan import META_NODE, STORAGE_NODE_FIRST
-
     names = {META_NODE: "meta"}
     names |= {STORAGE_NODE_FIRST + i: name for i, name in enumerate(plan.storage_names())}
     found = {}
