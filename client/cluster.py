@@ -9,6 +9,7 @@ from emberfs.client.control import Control
 from emberfs.client.metadata import Metadata
 from emberfs.client.openfile import OpenFiles
 from emberfs.client.routing import Routing
+from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.pool import PeerPool
 from emberfs.proto.cluster import Node, NodeKind
 from emberfs.proto.ids import SECOND, ClientId, NodeId
@@ -32,12 +33,13 @@ class Cluster:
         agent: Agent | None,
         *,
         durable_close: bool,
+        wiring: Wiring = REAL,
     ) -> None:
         self.env = env
         self.control = control
         self.routing = routing
         self.client_id = client_id
-        self.peers = PeerPool(env)
+        self.peers = PeerPool(env, wiring.transports)
         self.chunkio = ChunkIO(env, routing, self.peers, client_id)
         self.metadata = Metadata(env, routing, self.peers, client_id)
         self.files = OpenFiles(env, self.chunkio, self.metadata, durable_close=durable_close)
@@ -54,6 +56,7 @@ class Cluster:
         durable_close: bool = True,
         host: str = "",
         timeout_ns: int = 10 * SECOND,
+        wiring: Wiring = REAL,
     ) -> "Cluster":
         """Connect. Raises UNREACHABLE, WRONG_CLUSTER or TIMEOUT with what to do about it.
 
@@ -62,7 +65,7 @@ class Cluster:
         makes it safe from dead processes, but only fsync makes it safe from a power cut. `mgmtd`
         are "ip:port" of the management service.
         """
-        control = Control(mgmtd, cluster)
+        control = wiring.control(mgmtd, cluster)
         routing = Routing(env, control)
         agent: Agent | None = None
         try:
@@ -77,7 +80,9 @@ class Cluster:
             await routing.close()
             await control.close()
             raise
-        return cls(env, control, routing, client_id, agent, durable_close=durable_close)
+        return cls(
+            env, control, routing, client_id, agent, durable_close=durable_close, wiring=wiring
+        )
 
     async def close(self) -> None:
         """Push what is buffered, end every session, say goodbye."""

@@ -2,13 +2,16 @@
 
 import logging
 import os
+from collections.abc import Callable
 
 import msgspec
 
 from emberfs.client.agent import Agent
 from emberfs.client.cluster import Cluster
+from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.server import Server
 from emberfs.kv.rocks import RocksStore
+from emberfs.kv.store import OrderedStore
 from emberfs.kv.transaction import Engine
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
@@ -71,9 +74,18 @@ def check_config(config: MetaConfig) -> None:
 class MetaService:
     """One metadata server."""
 
-    def __init__(self, config: MetaConfig, env: Env) -> None:
+    def __init__(
+        self,
+        config: MetaConfig,
+        env: Env,
+        *,
+        wiring: Wiring = REAL,
+        open_store: Callable[[str], OrderedStore] = RocksStore,
+    ) -> None:
         self._config = config
         self._env = env
+        self._wiring = wiring
+        self._open_store = open_store
         self._engine: Engine | None = None
         self._cluster: Cluster | None = None
         self._context: Context | None = None
@@ -85,7 +97,7 @@ class MetaService:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
         config, env = self._config, self._env
         timeout_ns = int(config.start_timeout_s * SECOND)
-        store = await env.run_blocking(lambda: RocksStore(os.path.join(config.data, "kv")))
+        store = await env.run_blocking(lambda: self._open_store(os.path.join(config.data, "kv")))
         self._engine = engine = Engine(env, store)
         CONFLICTS.set_function(lambda: engine.conflicts)
         made = await open_file_system(
@@ -94,7 +106,12 @@ class MetaService:
         if made:
             log.info("made an empty file system for cluster %s", config.cluster)
         self._cluster = await Cluster.open(
-            env, config.mgmtd, config.cluster, register=False, timeout_ns=timeout_ns
+            env,
+            config.mgmtd,
+            config.cluster,
+            register=False,
+            timeout_ns=timeout_ns,
+            wiring=self._wiring,
         )
         await self._serve(engine, self._cluster, timeout_ns)
 
@@ -104,7 +121,12 @@ class MetaService:
         context = Context(env, engine, cluster.chunkio, lambda: cluster.routing.snapshot, policy)
         self._context = context
         await context.load()
-        self._server = Server(env, handlers(context), name=f"meta {config.node}")
+        self._server = Server(
+            env,
+            handlers(context),
+            name=f"meta {config.node}",
+            transports=self._wiring.transports,
+        )
         endpoints = [await self._server.listen(endpoint) for endpoint in config.listen]
         self._agent = Agent(env, cluster.control, self._node(endpoints))
         await self._agent.start(timeout_ns)
@@ -113,6 +135,7 @@ class MetaService:
         sweeper = SessionSweeper(
             env, engine, context.collector, lambda: cluster.routing.snapshot, grace_ns
         )
+        context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")
         log.info("serving at %s", ", ".join(endpoints))
 

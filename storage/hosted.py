@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable
 
 from emberfs.fabric.buffers import BufferPool
+from emberfs.kv.store import OrderedStore
 from emberfs.proto.cluster import Chain, ChainTarget, PublicState, RoutingSnapshot, TargetReport
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import SECOND, TargetId
 from emberfs.runtime.env import Env
-from emberfs.storage.chunks import ChunkStore
+from emberfs.storage.chunks import ChunkStore, open_rocks
 from emberfs.storage.filling import Recovery, Throttle
 from emberfs.storage.forward import Sender
 from emberfs.storage.links import Links
@@ -27,7 +28,15 @@ FLUSH_LOOK_NS = SECOND // 5
 class HostedTarget:
     """A target id, its directory, and once it is open its replica."""
 
-    def __init__(self, env: Env, target: TargetId, path: str, *, capacity_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        env: Env,
+        target: TargetId,
+        path: str,
+        *,
+        capacity_bytes: int = 0,
+        open_store: Callable[[str], OrderedStore] = open_rocks,
+    ) -> None:
         self.target = target
         self.path = path
         self.state = TargetState(target)
@@ -36,6 +45,7 @@ class HostedTarget:
         self.sync_progress = (0, 0)  # bytes done and in all, while we are being filled
         self._env = env
         self._capacity_bytes = capacity_bytes
+        self._open_store = open_store
         self._sharers = 1
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
@@ -67,7 +77,9 @@ class HostedTarget:
             blank = not await env.run_blocking(lambda: env.disk.exists(f"{path}/format"))
             capacity = self._capacity_bytes
             store = await env.run_blocking(
-                lambda: ChunkStore.open(env, path, capacity_bytes=capacity)
+                lambda: ChunkStore.open(
+                    env, path, open_store=self._open_store, capacity_bytes=capacity
+                )
             )
         except (EmberfsError, OSError) as problem:
             log.error("target %d cannot be opened: %s", self.target, problem)

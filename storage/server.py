@@ -1,19 +1,22 @@
 """The storage process: emberfs-storage --config FILE.toml."""
 
 import logging
+from collections.abc import Callable
 
 import msgspec
 
 from emberfs.client.agent import Agent
-from emberfs.client.control import Control
 from emberfs.client.routing import Routing
+from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.pool import PeerPool
 from emberfs.fabric.server import Server
+from emberfs.kv.store import OrderedStore
 from emberfs.proto.cluster import Node, NodeKind, TargetReport
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND, NodeId, TargetId
 from emberfs.runtime.env import Env
 from emberfs.runtime.service import run_service
+from emberfs.storage.chunks import open_rocks
 from emberfs.storage.hosted import HostedTarget
 from emberfs.storage.service import StorageService
 
@@ -44,16 +47,25 @@ class StorageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StorageServer:
     """Wires the storage service to the outside world."""
 
-    def __init__(self, config: StorageConfig, env: Env) -> None:
+    def __init__(
+        self,
+        config: StorageConfig,
+        env: Env,
+        *,
+        wiring: Wiring = REAL,
+        open_store: Callable[[str], OrderedStore] = open_rocks,
+    ) -> None:
         if not 1 <= config.targets <= TARGETS_MAX:
             raise EmberfsError(
                 Code.CONFIG, f"targets = {config.targets}: from 1 to {TARGETS_MAX} are possible"
             )
         self._config = config
         self._env = env
-        self._control = Control(config.mgmtd, config.cluster)
+        self._wiring = wiring
+        self._open_store = open_store
+        self._control = wiring.control(config.mgmtd, config.cluster)
         self._routing = Routing(env, self._control)
-        self._peers = PeerPool(env)
+        self._peers = PeerPool(env, wiring.transports)
         self._agent: Agent | None = None
         self._fabric: Server | None = None
         self.service = StorageService(
@@ -72,7 +84,11 @@ class StorageServer:
             target = TargetId(config.node * 100 + place)
             path = f"{config.data}/target-{place}"
             found[target] = HostedTarget(
-                self._env, target, path, capacity_bytes=config.capacity_bytes
+                self._env,
+                target,
+                path,
+                capacity_bytes=config.capacity_bytes,
+                open_store=self._open_store,
             )
         return found
 
@@ -80,7 +96,12 @@ class StorageServer:
         """Listen, learn the routing, open the targets, register."""
         env, config = self._env, self._config
         env.disk.make_directory(config.data)
-        self._fabric = Server(env, self.service.handlers, name=f"storage {config.node}")
+        self._fabric = Server(
+            env,
+            self.service.handlers,
+            name=f"storage {config.node}",
+            transports=self._wiring.transports,
+        )
         endpoints = [await self._fabric.listen(endpoint) for endpoint in config.listen]
         node = Node(
             id=NodeId(config.node),
