@@ -6,6 +6,7 @@ retry after a lost reply answers the same and does nothing twice.
 
 import msgspec
 
+from emberfs.proto.bounds import I64, U32, U63, U64, BoundedInode, BoundedSession, Groups
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import InodeId, SessionId
 from emberfs.proto.method import Method
@@ -14,16 +15,16 @@ from emberfs.proto.method import Method
 class Caller(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """On whose behalf: permission checks are the server's. uid 0 passes them all."""
 
-    uid: int
-    gid: int
-    groups: tuple[int, ...] = ()
+    uid: U32
+    gid: U32
+    groups: Groups = ()
 
 
 class RequestId(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Names one mutating call; a retry carries the same."""
 
-    client: int
-    sequence: int
+    client: U64
+    sequence: U64
 
 
 class InodeAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -40,7 +41,7 @@ class LookupRequest(msgspec.Struct, frozen=True, gc=False):
     """Find a name ("." and ".." too) in a directory. NOT_FOUND, NOT_DIRECTORY, ACCESS."""
 
     caller: Caller
-    parent: InodeId
+    parent: BoundedInode
     name: bytes
 
 
@@ -66,7 +67,7 @@ class ResolveAnswer(msgspec.Struct, frozen=True, gc=False):
 class GetattrRequest(msgspec.Struct, frozen=True, gc=False):
     """Attributes by id. NOT_FOUND once the inode is gone."""
 
-    inode: InodeId
+    inode: BoundedInode
 
 
 class SetattrRequest(msgspec.Struct, frozen=True, gc=False):
@@ -77,14 +78,14 @@ class SetattrRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    inode: InodeId
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    length: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-    session: SessionId = SessionId(0)  # a write session skips the permission check of truncate
+    inode: BoundedInode
+    mode: U32 | None = None
+    uid: U32 | None = None
+    gid: U32 | None = None
+    length: I64 | None = None
+    atime_ns: I64 | None = None
+    mtime_ns: I64 | None = None
+    session: BoundedSession = SessionId(0)  # a write session skips the permission check of truncate
 
 
 class CreateRequest(msgspec.Struct, frozen=True, gc=False):
@@ -96,10 +97,10 @@ class CreateRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    parent: InodeId
+    parent: BoundedInode
     name: bytes
-    mode: int  # permission bits, umask already applied
-    session: SessionId
+    mode: U32  # permission bits, umask already applied
+    session: BoundedSession
     write: bool
     exclusive: bool = False
     truncate: bool = False
@@ -110,10 +111,10 @@ class MknodRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    parent: InodeId
+    parent: BoundedInode
     name: bytes
-    mode: int  # type and permission bits, umask already applied
-    rdev: int = 0
+    mode: U32  # type and permission bits, umask already applied
+    rdev: U64 = 0
 
 
 class SymlinkRequest(msgspec.Struct, frozen=True, gc=False):
@@ -121,7 +122,7 @@ class SymlinkRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    parent: InodeId
+    parent: BoundedInode
     name: bytes
     target: bytes
 
@@ -131,8 +132,8 @@ class LinkRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    inode: InodeId
-    parent: InodeId
+    inode: BoundedInode
+    parent: BoundedInode
     name: bytes
 
 
@@ -141,7 +142,7 @@ class RemoveRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    parent: InodeId
+    parent: BoundedInode
     name: bytes
     directory: bool
 
@@ -151,11 +152,11 @@ class RenameRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    parent: InodeId
+    parent: BoundedInode
     name: bytes
-    new_parent: InodeId
+    new_parent: BoundedInode
     new_name: bytes
-    flags: int = 0
+    flags: U32 = 0
 
 
 class OpenRequest(msgspec.Struct, frozen=True, gc=False):
@@ -163,8 +164,8 @@ class OpenRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    inode: InodeId
-    session: SessionId
+    inode: BoundedInode
+    session: BoundedSession
     read: bool
     write: bool
     truncate: bool = False
@@ -180,12 +181,12 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     """
 
     request: RequestId
-    inode: InodeId
-    session: SessionId
-    length: int | None = None
-    truncate_version: int = 0
-    mtime_ns: int | None = None
-    atime_ns: int | None = None
+    inode: BoundedInode
+    session: BoundedSession
+    length: I64 | None = None
+    truncate_version: U63 = 0
+    mtime_ns: I64 | None = None
+    atime_ns: I64 | None = None
     close: bool = False
     durable: bool = False
 
@@ -194,9 +195,9 @@ class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):
     """List a directory after a name, with the inodes if `plus`."""
 
     caller: Caller
-    inode: InodeId
+    inode: BoundedInode
     after: bytes  # b"" from the beginning; names come in byte order
-    limit: int
+    limit: I64
     plus: bool = True
 
 
@@ -220,7 +221,7 @@ class XattrRequest(msgspec.Struct, frozen=True, gc=False):
     """Get, or with an empty name list, extended attributes. NO_ATTRIBUTE if absent."""
 
     caller: Caller
-    inode: InodeId
+    inode: BoundedInode
     name: bytes
 
 
@@ -236,10 +237,10 @@ class SetXattrRequest(msgspec.Struct, frozen=True, gc=False):
 
     caller: Caller
     request: RequestId
-    inode: InodeId
+    inode: BoundedInode
     name: bytes
     value: bytes | None
-    flags: int = 0
+    flags: U32 = 0
 
 
 class StatfsRequest(msgspec.Struct, frozen=True, gc=False):

@@ -20,6 +20,8 @@ class Method(Generic[Request, Answer]):
     ) -> None:
         self.number = number
         self.name = name
+        self.request_type = request
+        self.answer_type = answer
         self._request = msgspec.msgpack.Decoder(request)
         self._answer = msgspec.msgpack.Decoder(answer)
 

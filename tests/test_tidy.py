@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
 # Modules that hold protocol and no input or output.
 PURE = {
     "client.readahead",
+    "proto.bounds",
     "proto.ids",
     "proto.errors",
     "proto.cluster",
