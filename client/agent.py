@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from emberfs.client.control import Lease
+from emberfs.client.connection import Lease
 from emberfs.proto.cluster import Node, NodeKind, TargetReport
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, NodeId, RoutingVersion

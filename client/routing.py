@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
-from emberfs.proto.cluster import EMPTY_ROUTING, RoutingSnapshot
+from emberfs.proto.cluster import EMPTY_ROUTING, ClusterId, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, RoutingVersion
 from emberfs.runtime.env import Env
@@ -118,10 +118,12 @@ class Routing:
     def offer(self, snapshot: RoutingSnapshot) -> bool:
         """Adopt a snapshot if it is newer. WRONG_CLUSTER if it is of another cluster."""
         known = self.snapshot
-        if known.version and snapshot.cluster != known.cluster:
+        ours = ClusterId(known.cluster, known.identity)
+        theirs = ClusterId(snapshot.cluster, snapshot.identity)
+        if known.version and theirs.differs(ours):
             raise EmberfsError(
                 Code.WRONG_CLUSTER,
-                f'mgmtd now serves cluster "{snapshot.cluster}" instead of "{known.cluster}"; '
+                f"mgmtd now serves cluster {theirs.beside(ours)} instead of {ours.beside(theirs)}; "
                 "start the right mgmtd, or this process anew",
             )
         if snapshot.version <= known.version:

@@ -19,6 +19,7 @@ class Loaded(msgspec.Struct, frozen=True, gc=False):
     chains: tuple[Chain, ...] = ()
     reserved: RoutingVersion = RoutingVersion(0)  # no version above this was ever published
     lease_ns: int = 0  # the lease that nodes were promised before
+    identity: int = 0  # of the cluster, see ClusterId
 
 
 class Registered(msgspec.Struct, frozen=True, gc=False):
@@ -58,6 +59,7 @@ class Persist(msgspec.Struct, frozen=True, gc=False):
     chains: tuple[Chain, ...]
     reserved: RoutingVersion  # 0: unchanged
     durable: bool
+    lease_ns: int = 0  # the longest lease that a node may still hold; 0: unchanged
 
 
 class Publish(msgspec.Struct, frozen=True, gc=False):
@@ -93,3 +95,12 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
     def tick_ns(self) -> int:
         """How often time must be looked at: a death is noticed this late at most."""
         return self.lease_ns // 20
+
+    @property
+    def election_lease_ns(self) -> int:
+        """How long a mgmtd leads by one renewal.
+
+        Another must have taken over, and nodes must have found it, within half a lease of theirs:
+        then they stop serving.
+        """
+        return self.lease_ns * 2 // 5

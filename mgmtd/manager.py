@@ -1,203 +1,261 @@
-"""The shell around Membership: one event at a time, its effects in order, snapshots to watchers.
+"""A management service without its network: standby, campaigning, primary, standby, for ever.
 
-Knows nothing of gRPC; the simulator calls it directly. A lock makes events serial; heartbeats carry
-the time at which they arrived, so that a slow disk does not make them late. While the state cannot
-be stored nothing is published or answered: the write, which is idempotent, is tried again for ever
-on a store opened anew.
+The shell around Election: performs its operations on the shared store and wakes it in time; while
+it leads, a Term answers. Knows nothing of gRPC; the simulator calls it directly.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 
-from emberfs.kv.store import OrderedStore
+from emberfs.kv.keys import Prefix
+from emberfs.kv.transactions import Transactions
 from emberfs.mgmtd import metrics
-from emberfs.mgmtd.events import Answer, Event, Persist, Publish, Refused, Ticked, Timing
+from emberfs.mgmtd.election import (
+    Claim,
+    Election,
+    ElectionTiming,
+    Event,
+    Lead,
+    LeaseRecord,
+    Look,
+    Operation,
+    Renew,
+    Resigned,
+    Role,
+    StepDown,
+    Unanswered,
+    Wake,
+    Woke,
+)
+from emberfs.mgmtd.events import Answer, Timing
+from emberfs.mgmtd.events import Event as Request
 from emberfs.mgmtd.membership import Membership
-from emberfs.mgmtd.store import ClusterStore
-from emberfs.proto.cluster import EMPTY_ROUTING, Chain, Node, RoutingSnapshot
+from emberfs.mgmtd.store import ClusterStore, not_primary
+from emberfs.mgmtd.term import Term
+from emberfs.proto.cluster import EMPTY_ROUTING, ClusterId, Node, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import MS, SECOND
+from emberfs.proto.ids import SECOND
 from emberfs.runtime.env import Env
-from emberfs.runtime.retry import Backoff
 from emberfs.runtime.tasks import TaskSet
 
 log = logging.getLogger("emberfs.mgmtd.manager")
 
-RETRY_FIRST_NS = 100 * MS
-RETRY_MAX_NS = 2 * SECOND
-
 
 class Manager:
-    """The management service without its network."""
+    """One of the mgmtd that share a store. Whoever made the engine closes it, after `close`."""
 
     def __init__(
         self,
         env: Env,
-        open_store: Callable[[], OrderedStore],
+        engine: Transactions,
         cluster: str,
         own: Node,
         timing: Timing,
+        *,
+        exclusive: bool = False,
+        prefix: bytes = bytes(Prefix.MGMTD.value),
     ) -> None:
-        self.snapshot = EMPTY_ROUTING
+        """`own.incarnation` must be new. `exclusive`: see election.py. `prefix`: of the keys."""
         self.timing = timing
         self.cluster = cluster
+        self._last = EMPTY_ROUTING  # of earlier terms
         self._env = env
-        self._open_store = open_store
-        self._store: ClusterStore | None = None
-        self._machine = Membership(cluster, own, timing)
-        self._lock = asyncio.Lock()
-        self._watchers: set[asyncio.Event] = set()
+        self._own = own
+        self._store = ClusterStore(engine, cluster, prefix)
+        self._exclusive = exclusive
+        address = own.endpoints[0].removeprefix("grpc://") if own.endpoints else ""
+        self._election_timing = ElectionTiming(timing.election_lease_ns)
+        self._election = Election(
+            own.id, own.incarnation, address, self._election_timing, exclusive=exclusive
+        )
+        self._identity = env.random.getrandbits(63) | 1  # if the cluster has none yet
+        self._term: Term | None = None
+        self._ending: list[Term] = []
+        self._wake_ns: int | None = None
+        self._rescheduled = asyncio.Event()
+        self._started: asyncio.Future[None] | None = None  # while `start` waits
         self._tasks = TaskSet()
-        self._performing = TaskSet()  # at most one: never cancelled
         self._closed = False
-        self._failed = False
+
+    @property
+    def snapshot(self) -> RoutingSnapshot:
+        """The last one that this mgmtd has published; for people and tests, it may be old."""
+        current = self._term.snapshot if self._term is not None else EMPTY_ROUTING
+        return current if current.version else self._last
+
+    @property
+    def leads(self) -> bool:
+        """Tell whether this mgmtd answers just now."""
+        return self._ready() is not None
 
     async def start(self) -> None:
-        """Open the store, load the cluster, and begin to watch the time.
+        """Begin to stand for election; with `exclusive` return as primary.
 
-        EmberfsError as the store's opening and ClusterStore.load.
+        EmberfsError: WRONG_CLUSTER if the store belongs to another; with `exclusive` also whatever
+        the store says. A shared store that does not answer is waited for in the background.
         """
-        store = self._store = await self._env.run_blocking(lambda: ClusterStore(self._open_store))
-        loaded = await self._env.run_blocking(
-            lambda: store.load(self.cluster, self.timing.lease_ns)
-        )
-        await self.apply(loaded)
-        self._tasks.spawn(self._tick(), name="mgmtd tick")
+        try:
+            await self._store.look()
+        except EmberfsError as problem:
+            if self._exclusive or problem.code == Code.WRONG_CLUSTER:
+                raise
+            log.warning("the store does not answer yet: %s", problem)
+        if self._exclusive:
+            self._started = asyncio.get_running_loop().create_future()
+        self._handle(Woke())
+        self._tasks.spawn(self._keep_time(), name="mgmtd election")
+        if self._started is not None:
+            await self._started
 
     async def close(self) -> None:
-        """End all watches, finish the event in hand, release the store. May be repeated."""
+        """End all watches, finish the event in hand, stop campaigning. May be repeated."""
         self._closed = True
-        for event in self._watchers:
-            event.set()
         await self._tasks.close()
-        await self._performing.drain()
-        store, self._store = self._store, None
-        if store is not None:
-            await self._env.run_blocking(store.close)
+        problem = EmberfsError(Code.SHUTTING_DOWN, "mgmtd stops")
+        for term in [*self._ending, *([self._term] if self._term else [])]:
+            await term.close(problem)
+        metrics.LEADS.set(0)
 
-    async def _tick(self) -> None:
-        while True:
-            await self._env.sleep_ns(self.timing.tick_ns)
-            await self.apply(Ticked())
+    # What clients ask.
 
-    async def request(self, event: Event) -> Answer:
+    def check_cluster(self, asked: ClusterId) -> None:
+        """Refuse who means another cluster. WRONG_CLUSTER."""
+        known = ClusterId(self.cluster, self.snapshot.identity)
+        if asked.differs(known):
+            raise EmberfsError(
+                Code.WRONG_CLUSTER,
+                f"this mgmtd manages cluster {known.beside(asked)}, not {asked.beside(known)}; "
+                'correct "cluster" or the address of mgmtd',
+            )
+
+    async def request(self, event: Request) -> Answer:
         """Apply an event that asks for something. EmberfsError: why it was refused."""
-        reply = await self.apply(event)
-        if isinstance(reply, Refused):
-            raise EmberfsError(reply.code, reply.message)
-        assert reply is not None
-        return reply
+        return await self._leading().request(event)
 
-    async def apply(self, event: Event) -> Answer | Refused | None:
-        """Apply an event and perform its effects.
+    def watch(self, have_version: int) -> AsyncGenerator[RoutingSnapshot, None]:
+        """Yield the newest snapshot whenever it is newer; see Term.watch. NOT_PRIMARY at once."""
+        return self._leading().watch(have_version)
 
-        The caller may be cancelled while it waits for its turn, not in between: what the machine
-        has decided is always carried out.
-        """
-        arrived_ns = self._env.now_ns()
-        await self._lock.acquire()
-        try:
-            self._refuse_if_over()
-            work = self._performing.spawn(self._perform(event, arrived_ns), name="mgmtd event")
-        except BaseException:
-            self._lock.release()
-            raise
-        work.add_done_callback(lambda _: self._lock.release())
-        return await asyncio.shield(work)
+    def _leading(self) -> Term:
+        term = self._ready()
+        if term is None:
+            self._check()
+            raise self._not_primary()
+        return term
 
-    def _refuse_if_over(self) -> None:
+    def _ready(self) -> Term | None:
+        term = self._term
+        may_answer = self._election.may_answer(self._env.now_ns())
+        return term if term is not None and term.snapshot.version and may_answer else None
+
+    def _check(self) -> None:
+        """Raise unless this mgmtd is the primary for certain."""
         if self._closed:
             raise EmberfsError(Code.SHUTTING_DOWN, "mgmtd stops")
-        if self._failed:
-            raise EmberfsError(Code.INTERNAL, "mgmtd has failed, see its log; restart it")
+        if not self._election.may_answer(self._env.now_ns()):
+            raise self._not_primary()
 
-    async def _perform(self, event: Event, arrived_ns: int) -> Answer | Refused | None:
-        try:
-            effects = self._machine.handle(event, arrived_ns)
-        except Exception:
-            # Memory and disk may differ now: a restart from the disk is safe, going on is not.
-            self._failed = True
-            log.critical("mgmtd stops answering; the last events: %s", list(self._machine.story))
-            raise
-        for effect in effects:
-            match effect:
-                case Persist():
-                    await self._persist(effect)
-                case Publish(snapshot):
-                    self._publish(snapshot)
-                case Answer() | Refused():
-                    return effect
-        return None
+    def _not_primary(self) -> EmberfsError:
+        return EmberfsError(Code.NOT_PRIMARY, not_primary(self._own.id, self._election.record))
 
-    async def _persist(self, effect: Persist) -> None:
-        backoff = Backoff(RETRY_FIRST_NS, RETRY_MAX_NS)
-        store = self._store
-        assert store is not None
-        again = False
+    # The election.
+
+    async def _keep_time(self) -> None:
         while True:
+            self._rescheduled.clear()
+            at_ns = self._wake_ns
+            pause_ns = None if at_ns is None else at_ns - self._env.now_ns()
+            if pause_ns is not None and pause_ns <= 0:
+                self._wake_ns = None
+                self._handle(Woke())
+                continue
             try:
-                if again:
-                    await self._env.run_blocking(store.reopen)
-                await self._env.run_blocking(lambda: store.persist(effect))
-                return
-            except (EmberfsError, OSError) as problem:
-                metrics.PERSIST_FAILURES.inc()
-                if self._closed:
-                    raise
-                log.error("the cluster state cannot be stored, trying again: %s", problem)
-            again = True
-            await self._env.sleep_ns(backoff.next_ns(self._env.random))
+                async with asyncio.timeout(None if pause_ns is None else pause_ns / SECOND):
+                    await self._rescheduled.wait()
+            except TimeoutError:
+                pass
 
-    def _publish(self, snapshot: RoutingSnapshot) -> None:
-        _log_changes(self.snapshot, snapshot)
-        self.snapshot = snapshot
-        metrics.show(snapshot)
-        for event in self._watchers:
-            event.set()
+    def _handle(self, event: Event) -> None:
+        if self._closed:
+            return
+        for effect in self._election.handle(event, self._env.now_ns()):
+            match effect:
+                case Look() | Claim() | Renew():
+                    self._tasks.spawn(self._operate(effect), name="mgmtd lease")
+                case Lead(record):
+                    self._lead(record)
+                case StepDown(reason):
+                    self._step_down(reason)
+                case Wake(at_ns):
+                    self._wake_ns = at_ns
+                    self._rescheduled.set()
 
-    async def watch(self, have_version: int) -> AsyncGenerator[RoutingSnapshot, None]:
-        """Yield the newest snapshot whenever it is newer; a slow reader skips those between."""
-        event = asyncio.Event()
-        self._watchers.add(event)
-        metrics.WATCHERS.set(len(self._watchers))
+    async def _operate(self, operation: Operation) -> None:
+        """Carry out an operation on the lease record; it always ends, by an answer or by time."""
+        outcome: Event = Unanswered()
         try:
-            while not self._closed:
-                if self.snapshot.version > have_version:
-                    snapshot = self.snapshot
-                    have_version = snapshot.version
-                    yield snapshot
-                    continue
-                event.clear()
-                await event.wait()
-        finally:
-            self._watchers.discard(event)
-            metrics.WATCHERS.set(len(self._watchers))
+            async with asyncio.timeout(self._election_timing.lease_ns / SECOND):
+                match operation:
+                    case Look():
+                        outcome = await self._store.look()
+                    case Claim(expected, record):
+                        outcome = await self._store.claim(expected, record, self._identity)
+                    case Renew(record):
+                        outcome = await self._store.renew(record)
+        except EmberfsError as problem:
+            self._fail_start(problem)
+            log.warning("the lease record cannot be reached: %s", problem)
+        except TimeoutError:
+            log.warning("the lease record cannot be reached: the store does not answer")
+        except Exception:
+            log.exception("an operation on the lease record failed")
+        self._handle(outcome)
 
+    def _lead(self, record: LeaseRecord) -> None:
+        log.info("mgmtd %d leads, epoch %d", self._own.id, record.epoch)
+        metrics.TERMS.inc()
+        machine = Membership(self.cluster, self._own, self.timing)
+        self._term = Term(self._env, self._store, record, machine, self._check, self._resign)
+        self._tasks.spawn(self._begin(self._term), name="mgmtd term begins")
 
-def _log_changes(old: RoutingSnapshot, new: RoutingSnapshot) -> None:
-    """One line for every node that came or went and every chain that changed."""
-    if not old.version:
-        log.info("routing version %d: %d chains", new.version, len(new.chains))
-        return
-    for number, node in new.nodes.items():
-        known = old.nodes.get(number)
-        if known is None or known.alive != node.alive or known.incarnation != node.incarnation:
-            log.info(
-                "%s %d on %s is %s",
-                node.kind.name.lower(),
-                number,
-                node.host,
-                "alive" if node.alive else "dead",
-            )
-    for number in old.nodes.keys() - new.nodes.keys():
-        log.info("client %d is gone", number)
-    for chain_number, chain in new.chains.items():
-        before = old.chains.get(chain_number)
-        if before is None or before.version != chain.version:
-            metrics.CHAIN_CHANGES.inc()
-            log.info("chain %d version %d: %s", chain_number, chain.version, _describe(chain))
+    async def _begin(self, term: Term) -> None:
+        try:
+            await term.begin(self.timing.tick_ns)
+        except EmberfsError as problem:
+            if not self._fail_start(problem):
+                log.error("the cluster cannot be loaded: %s", problem)
+            if term is self._term:
+                self._resign(problem.message)
+            return
+        metrics.LEADS.set(1)
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
 
+    def _fail_start(self, problem: EmberfsError) -> bool:
+        """Tell `start`, if it still waits."""
+        if self._started is None or self._started.done():
+            return False
+        self._started.set_exception(problem)
+        return True
 
-def _describe(chain: Chain) -> str:
-    return ", ".join(f"{t.target} {t.state.name.lower()}" for t in chain.targets)
+    def _resign(self, reason: str) -> None:
+        if self._election.role is Role.PRIMARY:
+            self._handle(Resigned(reason))
+
+    def _step_down(self, reason: str) -> None:
+        term, self._term = self._term, None
+        assert term is not None
+        if term.snapshot.version:
+            self._last = term.snapshot
+        log.warning("mgmtd %d does not lead any more: %s", self._own.id, reason)
+        metrics.LEADS.set(0)
+        self._ending.append(term)
+        term.end(
+            EmberfsError(Code.NOT_PRIMARY, f"mgmtd {self._own.id} has lost its lead: {reason}")
+        )
+        self._tasks.spawn(self._bury(term), name="mgmtd term is over")
+
+    async def _bury(self, term: Term) -> None:
+        await term.close(self._not_primary())
+        self._ending.remove(term)

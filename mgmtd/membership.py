@@ -87,6 +87,7 @@ class _Outcome:
     dropped: set[NodeId] = field(default_factory=set)
     chains: set[ChainId] = field(default_factory=set)
     suspects: set[ChainId] = field(default_factory=set)  # chains to evaluate
+    lease_ns: int = 0  # to be stored
     visible: bool = False  # worth a snapshot at once
     reply: Answer | Refused | None = None
 
@@ -103,6 +104,8 @@ class Membership:
         self._chains: dict[ChainId, Chain] = {}
         self._chain_of: dict[TargetId, ChainId] = {}
         self._changed_ns: dict[ChainId, int] = {}
+        self._identity = 0
+        self._promised_ns = 0  # as stored: the longest lease that a node may still hold
         self._version = RoutingVersion(0)
         self._reserved = RoutingVersion(0)
         self._grace_until_ns = 0  # nobody dies before
@@ -148,7 +151,11 @@ class Membership:
         for chain in event.chains:
             self._adopt(chain, now_ns)
         self._version = self._reserved = event.reserved
-        self._grace_until_ns = now_ns + max(self._timing.lease_ns, event.lease_ns)
+        self._identity = event.identity
+        longest_ns = max(self._timing.lease_ns, event.lease_ns)
+        outcome.lease_ns = longest_ns if longest_ns != event.lease_ns else 0
+        self._promised_ns = longest_ns
+        self._grace_until_ns = now_ns + longest_ns
         self._ticked_ns = now_ns
         outcome.visible = True
 
@@ -157,6 +164,9 @@ class Membership:
         if now_ns - self._ticked_ns > lease_ns // 2:
             self._grace_until_ns = max(self._grace_until_ns, now_ns + lease_ns)
         self._ticked_ns = now_ns
+        if self._promised_ns > lease_ns and now_ns >= self._grace_until_ns:
+            # Whoever held the longer lease of before has renewed it since, or is dead.
+            self._promised_ns = outcome.lease_ns = lease_ns
         for member in [self._members[number] for number in sorted(self._members)]:
             if member.node.alive:
                 if now_ns >= max(member.heard_ns + lease_ns, self._grace_until_ns):
@@ -418,14 +428,15 @@ class Membership:
             if self._version > self._reserved:
                 reserved = self._reserved = RoutingVersion(self._version + VERSIONS_RESERVED)
         effects: list[Effect] = []
-        if outcome.nodes or outcome.dropped or outcome.chains or reserved:
+        if outcome.nodes or outcome.dropped or outcome.chains or reserved or outcome.lease_ns:
             effects.append(
                 Persist(
                     nodes=tuple(self._members[n].node for n in sorted(outcome.nodes)),
                     dropped=tuple(sorted(outcome.dropped)),
                     chains=tuple(self._chains[n] for n in sorted(outcome.chains)),
                     reserved=reserved,
-                    durable=bool(outcome.chains or reserved),
+                    durable=bool(outcome.chains or reserved or outcome.lease_ns),
+                    lease_ns=outcome.lease_ns,
                 )
             )
         if publish:
@@ -446,6 +457,7 @@ class Membership:
             nodes={self._own.id: self._own, **nodes},
             chains={number: self._chains[number] for number in sorted(self._chains)},
             targets={target: self._status(target) for target in targets},
+            identity=self._identity,
         )
 
     def _status(self, target: TargetId) -> TargetStatus:

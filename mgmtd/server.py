@@ -3,8 +3,8 @@
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NoReturn, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -13,12 +13,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from emberfs.kv.rocks import RocksStore
-from emberfs.kv.store import OrderedStore
+from emberfs.kv.transactions import Transactions
 from emberfs.mgmtd import metrics
+from emberfs.mgmtd.embedded import EmbeddedEngine
 from emberfs.mgmtd.events import ChainsRequested, HeartbeatArrived, Registered, Timing
 from emberfs.mgmtd.manager import Manager
 from emberfs.proto import control_pb2 as pb
-from emberfs.proto.cluster import Node, NodeKind
+from emberfs.proto.cluster import ClusterId, Node, NodeKind, RoutingSnapshot
 from emberfs.proto.control_pb2_grpc import MgmtdServicer, add_MgmtdServicer_to_server
 from emberfs.proto.control_wire import (
     CODE_METADATA,
@@ -56,6 +57,7 @@ _STATUS = {
     Code.NODE_ID_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
     Code.EXISTS: grpc.StatusCode.ALREADY_EXISTS,
     Code.TOO_OLD: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.NOT_PRIMARY: grpc.StatusCode.FAILED_PRECONDITION,
     Code.SHUTTING_DOWN: grpc.StatusCode.UNAVAILABLE,
 }
 
@@ -89,9 +91,8 @@ def timing_of(config: MgmtdConfig) -> Timing:
 class MgmtdServer:
     """The running service."""
 
-    def __init__(
-        self, config: MgmtdConfig, env: Env, open_store: Callable[[], OrderedStore]
-    ) -> None:
+    def __init__(self, config: MgmtdConfig, env: Env, engine: Transactions) -> None:
+        """`engine` must be this process's alone; it is closed with the service."""
         own = Node(
             id=NodeId(config.node),
             kind=NodeKind.MGMTD,
@@ -102,7 +103,12 @@ class MgmtdServer:
             metrics=f"127.0.0.1:{config.metrics_port}" if config.metrics_port else "",
         )
         self.address = config.listen  # with the real port once started
-        self.manager = Manager(env, open_store, config.cluster, own, timing_of(config))
+        self._engine = engine
+        # Its own RocksDB, which no other process can open: no predecessor is waited for. The keys
+        # have no prefix, as there is nothing else in it.
+        self.manager = Manager(
+            env, engine, config.cluster, own, timing_of(config), exclusive=True, prefix=b""
+        )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
@@ -125,6 +131,7 @@ class MgmtdServer:
         """End the streams, answer what has arrived, close the store."""
         await self._health.enter_graceful_shutdown()
         await self.manager.close()
+        await self._engine.close()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
 
@@ -154,6 +161,11 @@ def _probe(host: str, port: int) -> None:
     socket.create_server((host, port), family=family).close()
 
 
+_Request: TypeAlias = (
+    pb.RegisterRequest | pb.HeartbeatRequest | pb.CreateChainsRequest | pb.WatchRoutingRequest
+)
+
+
 class _Servicer(MgmtdServicer):
     """Translates; decides nothing."""
 
@@ -174,9 +186,10 @@ class _Servicer(MgmtdServicer):
                 lease_ms=timing.lease_ns // MS,
                 heartbeat_ms=timing.heartbeat_ns // MS,
                 routing_version=granted.version,
+                identity=self._manager.snapshot.identity,
             )
 
-        return await self._answer("Register", request.cluster, context, answer)
+        return await self._answer("Register", request, context, answer)
 
     async def Heartbeat(  # noqa: N802
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
@@ -196,9 +209,10 @@ class _Servicer(MgmtdServicer):
                 routing_version=granted.version,
                 lease_ms=timing.lease_ns // MS,
                 heartbeat_ms=timing.heartbeat_ns // MS,
+                identity=self._manager.snapshot.identity,
             )
 
-        return await self._answer("Heartbeat", request.cluster, context, answer)
+        return await self._answer("Heartbeat", request, context, answer)
 
     async def CreateChains(  # noqa: N802
         self, request: pb.CreateChainsRequest, context: grpc.aio.ServicerContext
@@ -213,47 +227,37 @@ class _Servicer(MgmtdServicer):
             granted = await self._manager.request(ChainsRequested(chains))
             return pb.CreateChainsReply(routing_version=granted.version, created=granted.created)
 
-        return await self._answer("CreateChains", request.cluster, context, answer)
+        return await self._answer("CreateChains", request, context, answer)
 
     async def WatchRouting(  # noqa: N802
         self, request: pb.WatchRoutingRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.Routing]:
         """See control.proto."""
 
-        async def check() -> None:
-            newest = self._manager.snapshot.version
-            if request.have_version > newest:
-                raise EmberfsError(
-                    Code.TOO_OLD,
-                    f"you have seen routing version {request.have_version}, this mgmtd is at "
-                    f"{newest}: it has lost its data directory or is not the one of before",
-                )
+        async def follow() -> AsyncGenerator[RoutingSnapshot, None]:
+            return self._manager.watch(request.have_version)
 
-        await self._answer("WatchRouting", request.cluster, context, check)
-        stream = self._manager.watch(request.have_version)
+        stream = await self._answer("WatchRouting", request, context, follow)
         try:
             async for snapshot in stream:
                 if self._wire is None or self._wire.version != snapshot.version:
                     self._wire = routing_to_wire(snapshot)
                 yield self._wire
+        except EmberfsError as problem:
+            await _abort(context, problem)
         finally:
             await stream.aclose()
 
     async def _answer(
         self,
         method: str,
-        cluster: str,
+        request: _Request,
         context: grpc.aio.ServicerContext,
         answer: Callable[[], Awaitable[T]],
     ) -> T:
         """Check the cluster, answer, and turn an EmberfsError into a status."""
         try:
-            if cluster != self._manager.cluster:
-                raise EmberfsError(
-                    Code.WRONG_CLUSTER,
-                    f'this mgmtd manages cluster "{self._manager.cluster}", not "{cluster}"; '
-                    'correct "cluster" or the address of mgmtd',
-                )
+            self._manager.check_cluster(ClusterId(request.cluster, request.identity))
             reply = await answer()
         except EmberfsError as problem:
             metrics.RPCS.labels(method, problem.code.name.lower()).inc()
@@ -273,7 +277,8 @@ async def _abort(context: grpc.aio.ServicerContext, problem: EmberfsError) -> No
 
 async def build(config: MgmtdConfig, env: Env) -> MgmtdServer:
     """Make the service from its settings."""
-    return MgmtdServer(config, env, lambda: RocksStore(f"{config.data}/state"))
+    engine = EmbeddedEngine(env, lambda: RocksStore(f"{config.data}/state"))
+    return MgmtdServer(config, env, engine)
 
 
 def main() -> None:

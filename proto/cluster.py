@@ -11,6 +11,25 @@ import msgspec
 from emberfs.proto.ids import ChainId, ChainVersion, NodeId, RoutingVersion, TargetId
 
 
+class ClusterId(msgspec.Struct, frozen=True, gc=False):
+    """Which cluster is meant. Two may have one name, by mistake; no two have one identity."""
+
+    name: str
+    identity: int = 0  # random, minted with the first state of the cluster; 0: not known yet
+
+    def differs(self, other: "ClusterId") -> bool:
+        """Tell whether the two cannot be the same cluster."""
+        if self.name != other.name:
+            return True
+        return self.identity != other.identity and self.identity != 0 and other.identity != 0
+
+    def beside(self, other: "ClusterId") -> str:
+        """How people tell it from another: by its name if that is enough, else by its identity."""
+        if self.name != other.name:
+            return f'"{self.name}"'
+        return f'"{self.name}" of identity {self.identity:x}'
+
+
 class PublicState(IntEnum):
     """State of a target as mgmtd publishes it."""
 
@@ -113,6 +132,15 @@ class TargetReport(msgspec.Struct, frozen=True, gc=False):
     reason: str = ""  # why it is OFFLINE, in words
     sync_done_bytes: int = 0  # recovery progress, reported by the target that is being filled
     sync_total_bytes: int = 0
+    sync_done_chunks: int = 0
+    sync_total_chunks: int = 0
+    sync_bytes_per_s: int = 0  # rate at present
+    sync_source: TargetId = TargetId(0)  # who fills it
+    sync_problem: str = ""  # why the recovery does not advance, in words
+    damaged_chunks: int = 0  # known to be damaged here and not repaired yet
+    scrub_percent: int = 0  # of the pass in work; 0 while none is
+    scrub_finished_s: int = 0  # when the last whole pass ended, seconds since 1970; 0: never
+    scrub_findings: int = 0  # damaged or differing chunks since the process started
 
 
 class TargetStatus(msgspec.Struct, frozen=True, gc=False):
@@ -133,6 +161,7 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, gc=False):
     nodes: dict[NodeId, Node]
     chains: dict[ChainId, Chain]
     targets: dict[TargetId, TargetStatus]
+    identity: int = 0  # see ClusterId
 
     def nodes_of(self, kind: NodeKind) -> list[Node]:
         """Nodes of a kind, alive or not, by id."""

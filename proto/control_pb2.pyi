@@ -6,6 +6,13 @@ The control plane: the public contract of the management service, for every lang
 An error carries the number of proto/errors.py in the trailing metadata key "emberfs-code", and
 the sentence for people in the status details.
 
+`identity` is a random number that a cluster gets with its first state: it tells two clusters of
+one name apart. In a request 0 means "not known yet"; another than mgmtd's own is refused as a
+wrong cluster.
+
+Several mgmtd share one store; those that do not lead answer FAILED_PRECONDITION with the number
+of NOT_PRIMARY, and end their streams with it when they lose the lead: ask the next address.
+
 `make proto` regenerates the Python stubs beside this file:
   python -m grpc_tools.protoc -I tests/typecheck --python_out=BUILD --grpc_python_out=BUILD
     --mypy_out=BUILD --mypy_grpc_out=BUILD emberfs/proto/control.proto
@@ -142,6 +149,15 @@ class TargetReport(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     SYNC_DONE_BYTES_FIELD_NUMBER: _builtins.int
     SYNC_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    SYNC_DONE_CHUNKS_FIELD_NUMBER: _builtins.int
+    SYNC_TOTAL_CHUNKS_FIELD_NUMBER: _builtins.int
+    SYNC_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    SYNC_SOURCE_FIELD_NUMBER: _builtins.int
+    SYNC_PROBLEM_FIELD_NUMBER: _builtins.int
+    DAMAGED_CHUNKS_FIELD_NUMBER: _builtins.int
+    SCRUB_PERCENT_FIELD_NUMBER: _builtins.int
+    SCRUB_FINISHED_S_FIELD_NUMBER: _builtins.int
+    SCRUB_FINDINGS_FIELD_NUMBER: _builtins.int
     target: _builtins.int
     local: Global___LocalState.ValueType
     chain_version: _builtins.int
@@ -150,6 +166,15 @@ class TargetReport(_message.Message):
     reason: _builtins.str
     sync_done_bytes: _builtins.int
     sync_total_bytes: _builtins.int
+    sync_done_chunks: _builtins.int
+    sync_total_chunks: _builtins.int
+    sync_bytes_per_s: _builtins.int
+    sync_source: _builtins.int
+    sync_problem: _builtins.str
+    damaged_chunks: _builtins.int
+    scrub_percent: _builtins.int
+    scrub_finished_s: _builtins.int
+    scrub_findings: _builtins.int
     def __init__(
         self,
         *,
@@ -161,10 +186,19 @@ class TargetReport(_message.Message):
         reason: _builtins.str = ...,
         sync_done_bytes: _builtins.int = ...,
         sync_total_bytes: _builtins.int = ...,
+        sync_done_chunks: _builtins.int = ...,
+        sync_total_chunks: _builtins.int = ...,
+        sync_bytes_per_s: _builtins.int = ...,
+        sync_source: _builtins.int = ...,
+        sync_problem: _builtins.str = ...,
+        damaged_chunks: _builtins.int = ...,
+        scrub_percent: _builtins.int = ...,
+        scrub_finished_s: _builtins.int = ...,
+        scrub_findings: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chain_version", b"chain_version", "local", b"local", "reason", b"reason", "sync_done_bytes", b"sync_done_bytes", "sync_total_bytes", b"sync_total_bytes", "target", b"target", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chain_version", b"chain_version", "damaged_chunks", b"damaged_chunks", "local", b"local", "reason", b"reason", "scrub_findings", b"scrub_findings", "scrub_finished_s", b"scrub_finished_s", "scrub_percent", b"scrub_percent", "sync_bytes_per_s", b"sync_bytes_per_s", "sync_done_bytes", b"sync_done_bytes", "sync_done_chunks", b"sync_done_chunks", "sync_problem", b"sync_problem", "sync_source", b"sync_source", "sync_total_bytes", b"sync_total_bytes", "sync_total_chunks", b"sync_total_chunks", "target", b"target", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -262,8 +296,10 @@ class Routing(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     CHAINS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.int
+    identity: _builtins.int
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
     @_builtins.property
@@ -278,10 +314,11 @@ class Routing(_message.Message):
         nodes: _abc.Iterable[Global___Node] | None = ...,
         chains: _abc.Iterable[Global___Chain] | None = ...,
         targets: _abc.Iterable[Global___TargetStatus] | None = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster", b"cluster", "nodes", b"nodes", "targets", b"targets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster", b"cluster", "identity", b"identity", "nodes", b"nodes", "targets", b"targets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -294,7 +331,9 @@ class RegisterRequest(_message.Message):
     CLUSTER_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
+    identity: _builtins.int
     @_builtins.property
     def node(self) -> Global___Node: ...
     @_builtins.property
@@ -305,10 +344,11 @@ class RegisterRequest(_message.Message):
         cluster: _builtins.str = ...,
         node: Global___Node | None = ...,
         targets: _abc.Iterable[Global___TargetReport] | None = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "node", b"node", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "identity", b"identity", "node", b"node", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -321,19 +361,22 @@ class RegisterReply(_message.Message):
     LEASE_MS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_MS_FIELD_NUMBER: _builtins.int
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     lease_ms: _builtins.int
     heartbeat_ms: _builtins.int
     routing_version: _builtins.int
+    identity: _builtins.int
     def __init__(
         self,
         *,
         lease_ms: _builtins.int = ...,
         heartbeat_ms: _builtins.int = ...,
         routing_version: _builtins.int = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_ms", b"heartbeat_ms", "lease_ms", b"lease_ms", "routing_version", b"routing_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_ms", b"heartbeat_ms", "identity", b"identity", "lease_ms", b"lease_ms", "routing_version", b"routing_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -349,11 +392,13 @@ class HeartbeatRequest(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     node: _builtins.int
     kind: Global___NodeKind.ValueType
     incarnation: _builtins.int
     client: _builtins.int
+    identity: _builtins.int
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TargetReport]: ...
     def __init__(
@@ -365,10 +410,11 @@ class HeartbeatRequest(_message.Message):
         incarnation: _builtins.int = ...,
         targets: _abc.Iterable[Global___TargetReport] | None = ...,
         client: _builtins.int = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "cluster", b"cluster", "incarnation", b"incarnation", "kind", b"kind", "node", b"node", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "cluster", b"cluster", "identity", b"identity", "incarnation", b"incarnation", "kind", b"kind", "node", b"node", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -383,19 +429,22 @@ class HeartbeatReply(_message.Message):
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_MS_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     routing_version: _builtins.int
     lease_ms: _builtins.int
     heartbeat_ms: _builtins.int
+    identity: _builtins.int
     def __init__(
         self,
         *,
         routing_version: _builtins.int = ...,
         lease_ms: _builtins.int = ...,
         heartbeat_ms: _builtins.int = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_ms", b"heartbeat_ms", "lease_ms", b"lease_ms", "routing_version", b"routing_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_ms", b"heartbeat_ms", "identity", b"identity", "lease_ms", b"lease_ms", "routing_version", b"routing_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,17 +456,20 @@ class WatchRoutingRequest(_message.Message):
 
     CLUSTER_FIELD_NUMBER: _builtins.int
     HAVE_VERSION_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     have_version: _builtins.int
+    identity: _builtins.int
     def __init__(
         self,
         *,
         cluster: _builtins.str = ...,
         have_version: _builtins.int = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "have_version", b"have_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "have_version", b"have_version", "identity", b"identity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -450,7 +502,9 @@ class CreateChainsRequest(_message.Message):
 
     CLUSTER_FIELD_NUMBER: _builtins.int
     CHAINS_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
+    identity: _builtins.int
     @_builtins.property
     def chains(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateChainsRequest.NewChain]: ...
     def __init__(
@@ -458,10 +512,11 @@ class CreateChainsRequest(_message.Message):
         *,
         cluster: _builtins.str = ...,
         chains: _abc.Iterable[Global___CreateChainsRequest.NewChain] | None = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster", b"cluster"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster", b"cluster", "identity", b"identity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

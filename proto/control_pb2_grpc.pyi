@@ -6,6 +6,13 @@ The control plane: the public contract of the management service, for every lang
 An error carries the number of proto/errors.py in the trailing metadata key "emberfs-code", and
 the sentence for people in the status details.
 
+`identity` is a random number that a cluster gets with its first state: it tells two clusters of
+one name apart. In a request 0 means "not known yet"; another than mgmtd's own is refused as a
+wrong cluster.
+
+Several mgmtd share one store; those that do not lead answer FAILED_PRECONDITION with the number
+of NOT_PRIMARY, and end their streams with it when they lose the lead: ask the next address.
+
 `make proto` regenerates the Python stubs beside this file:
   python -m grpc_tools.protoc -I tests/typecheck --python_out=BUILD --grpc_python_out=BUILD
     --mypy_out=BUILD --mypy_grpc_out=BUILD emberfs/proto/control.proto

@@ -70,6 +70,15 @@ def report_to_wire(report: TargetReport) -> pb.TargetReport:
         reason=report.reason,
         sync_done_bytes=report.sync_done_bytes,
         sync_total_bytes=report.sync_total_bytes,
+        sync_done_chunks=report.sync_done_chunks,
+        sync_total_chunks=report.sync_total_chunks,
+        sync_bytes_per_s=report.sync_bytes_per_s,
+        sync_source=report.sync_source,
+        sync_problem=report.sync_problem,
+        damaged_chunks=report.damaged_chunks,
+        scrub_percent=report.scrub_percent,
+        scrub_finished_s=report.scrub_finished_s,
+        scrub_findings=report.scrub_findings,
     )
 
 
@@ -93,6 +102,15 @@ def report_from_wire(message: pb.TargetReport) -> TargetReport:
         reason=message.reason,
         sync_done_bytes=message.sync_done_bytes,
         sync_total_bytes=message.sync_total_bytes,
+        sync_done_chunks=message.sync_done_chunks,
+        sync_total_chunks=message.sync_total_chunks,
+        sync_bytes_per_s=message.sync_bytes_per_s,
+        sync_source=TargetId(message.sync_source),
+        sync_problem=message.sync_problem,
+        damaged_chunks=message.damaged_chunks,
+        scrub_percent=message.scrub_percent,
+        scrub_finished_s=message.scrub_finished_s,
+        scrub_findings=message.scrub_findings,
     )
 
 
@@ -157,6 +175,7 @@ def routing_to_wire(snapshot: RoutingSnapshot) -> pb.Routing:
         nodes=map(node_to_wire, snapshot.nodes.values()),
         chains=map(_chain_to_wire, snapshot.chains.values()),
         targets=map(_status_to_wire, snapshot.targets.values()),
+        identity=snapshot.identity,
     )
 
 
@@ -168,4 +187,5 @@ def routing_from_wire(message: pb.Routing) -> RoutingSnapshot:
         nodes={NodeId(m.id): node_from_wire(m) for m in message.nodes},
         chains={ChainId(m.id): _chain_from_wire(m) for m in message.chains},
         targets={TargetId(m.target): _status_from_wire(m) for m in message.targets},
+        identity=message.identity,
     )

@@ -66,6 +66,7 @@ class Code(IntEnum):
     WRONG_CLUSTER = 600
     NOT_REGISTERED = 601
     NODE_ID_TAKEN = 602
+    NOT_PRIMARY = 603  # this mgmtd does not lead: ask the next one; the message names who does
 
 
 class Meaning(NamedTuple):
@@ -122,6 +123,7 @@ MEANINGS: dict[Code, Meaning] = {
     Code.WRONG_CLUSTER: Meaning(_GIVE_UP, errno.EINVAL),
     Code.NOT_REGISTERED: Meaning(_REFRESH, errno.EIO),
     Code.NODE_ID_TAKEN: Meaning(_GIVE_UP, errno.EEXIST),
+    Code.NOT_PRIMARY: Meaning(_FAILOVER, errno.EIO),
 }
 
 

@@ -36,6 +36,7 @@ PURE = {
     "kv.keys",
     "fabric.frame",
     "mgmtd.chain",
+    "mgmtd.election",
     "mgmtd.events",
     "mgmtd.membership",
     "mgmtd.placement",

@@ -11,9 +11,11 @@ import pytest
 import uvloop
 
 from emberfs.client.agent import Agent
-from emberfs.client.control import Control, Lease
+from emberfs.client.connection import Lease
+from emberfs.client.control import Control
 from emberfs.client.routing import Routing
 from emberfs.kv.rocks import RocksStore
+from emberfs.mgmtd.embedded import EmbeddedEngine
 from emberfs.mgmtd.server import MgmtdConfig, MgmtdServer
 from emberfs.proto import control_pb2 as pb
 from emberfs.proto import control_wire
@@ -46,7 +48,8 @@ async def mgmtd(path: Path, listen: str = "127.0.0.1:0", **changes: object) -> A
         "lease_s": 1.0, "heartbeat_s": 0.1,
     }  # fmt: skip
     config = msgspec.convert(settings | changes, MgmtdConfig)
-    server = MgmtdServer(config, RealEnv(), lambda: RocksStore(f"{path}/state"))
+    env = RealEnv()
+    server = MgmtdServer(config, env, EmbeddedEngine(env, lambda: RocksStore(f"{path}/state")))
     try:
         await server.start()
         yield server.address

@@ -21,6 +21,9 @@ from emberfs.client.control import Control
 from emberfs.client.routing import Routing
 from emberfs.kv.memory import MemoryStore
 from emberfs.kv.rocks import RocksStore
+from emberfs.kv.transaction import Engine
+from emberfs.mgmtd.election import LeaseRecord, Stored
+from emberfs.mgmtd.embedded import EmbeddedEngine
 from emberfs.mgmtd.events import Loaded, Persist
 from emberfs.mgmtd.server import SERVICE, MgmtdConfig, MgmtdServer, timing_of
 from emberfs.mgmtd.store import ClusterStore
@@ -51,7 +54,10 @@ def config(path: Path, **changes: object) -> MgmtdConfig:
 
 @asynccontextmanager
 async def running(settings: MgmtdConfig) -> AsyncIterator[MgmtdServer]:
-    server = MgmtdServer(settings, RealEnv(), lambda: RocksStore(f"{settings.data}/state"))
+    env = RealEnv()
+    server = MgmtdServer(
+        settings, env, EmbeddedEngine(env, lambda: RocksStore(f"{settings.data}/state"))
+    )
     try:
         await server.start()
         yield server
@@ -320,22 +326,29 @@ def test_health_and_reflection(tmp_path: Path) -> None:
 
 
 def test_stored_state_is_read_back() -> None:
-    memory = MemoryStore()
-    store = ClusterStore(lambda: memory)
-    assert store.load("c", 5) == Loaded()
-    places = (ChainTarget(TargetId(101), NodeId(1), S),)
-    chain = Chain(ChainId(1), ChainVersion(3), places)
-    gone = storage(2)
-    store.persist(Persist((storage(1), gone), (), (chain,), RoutingVersion(1000), True))
-    store.persist(Persist((), (gone.id,), (), RoutingVersion(0), False))
-    memory.crash()
-    loaded = store.load("c", 6)
-    assert loaded == Loaded((storage(1), gone), (chain,), RoutingVersion(1000), 5)
-    store.persist(Persist((), (gone.id,), (), RoutingVersion(0), True))
-    assert store.load("c", 6) == Loaded((storage(1),), (chain,), RoutingVersion(1000), 6)
-    memory.write([(b"chain/\0\0\0\1", b"rubbish")])
-    with pytest.raises(EmberfsError, match="damaged"):
-        store.load("c", 6)
+    async def story() -> None:
+        memory = MemoryStore()
+        store = ClusterStore(Engine(RealEnv(), memory), "c", b"")
+        mine = LeaseRecord(NodeId(900), 1, "x", 1, 0, 1)
+        assert await store.claim(None, mine, 77) == Stored(mine, written=True)
+        assert await store.load(mine) == Loaded(identity=77)
+        places = (ChainTarget(TargetId(101), NodeId(1), S),)
+        chain = Chain(ChainId(1), ChainVersion(3), places)
+        gone = storage(2)
+        first = Persist((storage(1), gone), (), (chain,), RoutingVersion(1000), True, 5)
+        await store.persist(mine, 1, first)
+        await store.persist(mine, 2, Persist((), (gone.id,), (), RoutingVersion(0), False))
+        memory.crash()
+        loaded = await store.load(mine)
+        assert loaded == Loaded((storage(1), gone), (chain,), RoutingVersion(1000), 5, 77)
+        await store.persist(mine, 3, Persist((), (gone.id,), (), RoutingVersion(0), True))
+        loaded = await store.load(mine)
+        assert loaded == Loaded((storage(1),), (chain,), RoutingVersion(1000), 5, 77)
+        memory.write([(b"chain/\0\0\0\1", b"rubbish")])
+        with pytest.raises(EmberfsError, match="damaged"):
+            await store.load(mine)
+
+    run(story)
 
 
 def test_nothing_is_published_before_it_is_stored(
@@ -346,7 +359,7 @@ def test_nothing_is_published_before_it_is_stored(
     async def story() -> None:
         memory = MemoryStore()
         settings = config(tmp_path, lease_s=5.0)
-        server = MgmtdServer(settings, RealEnv(), lambda: memory)
+        server = MgmtdServer(settings, RealEnv(), EmbeddedEngine(RealEnv(), lambda: memory))
         await server.start()
         try:
             async with connected(server) as control:
