@@ -16,6 +16,7 @@ from zlib import crc32
 
 import msgspec
 
+from emberfs.proto.bounds import UNDECODABLE
 from emberfs.proto.errors import Code, EmberfsError, code_of
 from emberfs.proto.ids import KiB, MiB
 
@@ -27,6 +28,7 @@ PAYLOAD_BYTES_MAX = 64 * MiB
 SINKS_MAX = 1024
 SOURCES_MAX = 64
 MESSAGE_BYTES_MAX = 4 * KiB
+NAME_CHARACTERS_MAX = 255
 
 STREAMED = 0  # region id of a buffer that travels in the stream itself
 ALL_FILLED = 1  # flag of a REPLY: every sink is full, so no array of lengths follows
@@ -337,9 +339,12 @@ _HELLO = msgspec.msgpack.Decoder(Hello)
 def decode_hello(body: bytes) -> Hello:
     """Parse the body of a HELLO frame."""
     try:
-        return _HELLO.decode(body)
-    except msgspec.MsgspecError as problem:
+        hello = _HELLO.decode(body)
+    except UNDECODABLE as problem:
         raise malformed(f"HELLO: {problem}") from None
+    if len(hello.name) > NAME_CHARACTERS_MAX or not hello.name.isprintable():
+        raise malformed("HELLO with a name that does not fit in a line of a log")
+    return hello
 
 
 def encode_register(registration: Registration) -> bytes:

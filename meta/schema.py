@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from emberfs.proto.bounds import UNDECODABLE
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import InodeId
@@ -73,6 +74,7 @@ class Codec(Generic[R]):
     """Encodes one kind of record."""
 
     def __init__(self, record: type[R]) -> None:
+        self.record = record
         self._name = record.__name__
         self._decoder = msgspec.msgpack.Decoder(record)
 
@@ -84,7 +86,7 @@ class Codec(Generic[R]):
         """Parse a stored value; INTERNAL if it is not what was once written."""
         try:
             return self._decoder.decode(value)
-        except msgspec.MsgspecError as problem:
+        except UNDECODABLE as problem:
             raise EmberfsError(
                 Code.INTERNAL, f"a stored {self._name} record is corrupt: {problem}"
             ) from None

@@ -6,9 +6,13 @@ is refused by the decoder (MALFORMED) before a handler sees it.
 
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, MsgspecError
 
 from emberfs.proto.ids import InodeId, SessionId
+
+# What msgspec raises for bytes that are not what was expected: its own error, text that is not
+# UTF-8, and nesting (of a field that nobody knows) deeper than the stack.
+UNDECODABLE = (MsgspecError, UnicodeDecodeError, RecursionError)
 
 _U32 = Meta(ge=0, le=(1 << 32) - 1)
 _U63 = Meta(ge=0, le=(1 << 63) - 1)

@@ -4,6 +4,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from emberfs.proto.bounds import UNDECODABLE
 from emberfs.proto.errors import Code, EmberfsError
 
 Request = TypeVar("Request", bound=msgspec.Struct)
@@ -37,12 +38,12 @@ class Method(Generic[Request, Answer]):
         """Parse a request; MALFORMED names the field that is wrong."""
         try:
             return self._request.decode(body)
-        except msgspec.MsgspecError as problem:
+        except UNDECODABLE as problem:
             raise EmberfsError(Code.MALFORMED, f"{self.name} request: {problem}") from None
 
     def decode_answer(self, body: bytes | memoryview) -> Answer:
         """Parse a reply; MALFORMED names the field that is wrong."""
         try:
             return self._answer.decode(body)
-        except msgspec.MsgspecError as problem:
+        except UNDECODABLE as problem:
             raise EmberfsError(Code.MALFORMED, f"{self.name} reply: {problem}") from None

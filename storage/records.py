@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
+from emberfs.proto.bounds import UNDECODABLE
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import CHECKSUM_BLOCK_BYTES, CHUNK_ID_BYTES, ChunkId, KiB, MiB
 from emberfs.proto.storage_calls import RememberedWrite, UpdateKind
@@ -177,7 +178,7 @@ def decode_pending(key: bytes, value: bytes) -> PendingRecord:
 def _decode(decoder: "msgspec.msgpack.Decoder[T]", key: bytes, value: bytes) -> T:
     try:
         record = decoder.decode(value)
-    except msgspec.DecodeError as problem:
+    except UNDECODABLE as problem:
         raise _damaged(key, str(problem)) from None
     if record.length < 0 or record.version < 0:
         raise _damaged(key, "negative number")
