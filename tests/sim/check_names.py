@@ -24,7 +24,8 @@ Tree = frozenset[tuple[str, Node]]
 FILE, DIRECTORY = "file", "directory"
 MISSING, NO_DIRECTORY, EXISTS = "NOT_FOUND", "NOT_DIRECTORY", "EXISTS"
 NOT_EMPTY, IS_DIRECTORY, LOOP = "NOT_EMPTY", "IS_DIRECTORY", "INVALID"
-ERRORS = (MISSING, NO_DIRECTORY, EXISTS, NOT_EMPTY, IS_DIRECTORY, LOOP)
+NOT_PERMITTED = "NOT_PERMITTED"  # a hard link to a directory
+ERRORS = (MISSING, NO_DIRECTORY, EXISTS, NOT_EMPTY, IS_DIRECTORY, LOOP, NOT_PERMITTED)
 _ANY = "-"
 _EMPTY: Mapping[str, Node] = {}
 
@@ -117,8 +118,8 @@ class Names:
         tree = dict(state)
         answer = _perform(tree, op)
         if op.outcome == "fail":
-            return state if answer == op.result else None
-        if answer in ERRORS:
+            return state if op.result in answer.split("|") else None
+        if answer.split("|")[0] in ERRORS:
             return None
         if op.kind == "readdir":
             return state if answer == op.result else None
@@ -147,7 +148,7 @@ def _parent(tree: dict[str, Node], path: str) -> str:
 
 
 def _perform(tree: dict[str, Node], op: Op) -> str:
-    """Change the tree; return the error or the answer."""
+    """Change the tree; return the answer, or the errors, "|" between those that fit equally."""
     path = str(op.key[0])
     problem = _parent(tree, path)
     if problem:
@@ -160,7 +161,9 @@ def _perform(tree: dict[str, Node], op: Op) -> str:
         tree[path] = (FILE if op.kind == "create" else DIRECTORY), inode
         return ""
     if node is None:
-        return MISSING
+        # POSIX leaves open which of two errors is told.
+        problem = _parent(tree, str(op.key[1])) if op.kind == "rename" else ""
+        return f"{MISSING}|{problem}" if problem else MISSING
     if op.kind == "stat":
         return path
     if op.kind == "readdir":
@@ -193,7 +196,7 @@ def _link(tree: dict[str, Node], node: Node, other: str) -> str:
     if problem or other in tree:
         return problem or EXISTS
     if node[0] == DIRECTORY:
-        return IS_DIRECTORY
+        return NOT_PERMITTED
     tree[other] = node
     return ""
 
@@ -207,6 +210,8 @@ def _rename(tree: dict[str, Node], path: str, other: str) -> str:
         return ""  # the same file: nothing happens, both names stay
     if other.startswith(path + "/"):
         return LOOP
+    if path.startswith(other + "/"):
+        return NOT_EMPTY
     if there is not None:
         if there[0] != node[0]:
             return NO_DIRECTORY if node[0] == DIRECTORY else IS_DIRECTORY

@@ -1,6 +1,9 @@
 """The checker of namespace histories: exact on tiny ones, no false alarm, no miss."""
 
+import errno
+import os
 from itertools import combinations, permutations
+from pathlib import Path
 from random import Random
 
 from sim.check_names import ERRORS, Names, check_names
@@ -183,3 +186,50 @@ def test_agrees_with_brute_force_in_both_directions() -> None:
         assert truth == (not verdict.violations), f"seed {seed}\n" + "\n".join(map(str, ops))
         counts[truth] += 1
     assert min(counts.values()) > 40, counts
+
+
+CODES = {
+    errno.ENOENT: "NOT_FOUND", errno.ENOTDIR: "NOT_DIRECTORY", errno.EEXIST: "EXISTS",
+    errno.ENOTEMPTY: "NOT_EMPTY", errno.EISDIR: "IS_DIRECTORY", errno.EINVAL: "INVALID",
+    errno.EPERM: "NOT_PERMITTED",
+}  # fmt: skip
+
+
+def on_disk(root: Path, made: Op) -> str:
+    """Do it on a real directory; return the answer."""
+    path, *other = [f"{root}{name}" for name in made.key]
+    try:
+        if made.kind == "create":
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            return str(os.stat(path).st_ino)
+        if made.kind == "mkdir":
+            os.mkdir(path)
+            return str(os.stat(path).st_ino)
+        if made.kind == "stat":
+            found = os.stat(path)
+            directory = os.path.isdir(path)
+            links = "-" if directory else found.st_nlink
+            return f"{'directory' if directory else 'file'} {found.st_ino} {links}"
+        if made.kind == "readdir":
+            return "/".join(sorted(os.listdir(path)))
+        getattr(os, made.kind)(path, *other)
+    except OSError as problem:
+        return CODES[problem.errno or 0]
+    return ""
+
+
+def test_the_model_answers_as_a_real_directory_does(tmp_path: Path) -> None:
+    for seed in range(60):
+        root = tmp_path / str(seed)
+        (root / "a").mkdir(parents=True)
+        ops = random_history(Random(seed), 60)
+        for number, made in enumerate(ops):
+            made.start_ns, made.end_ns = 2 * number, 2 * number + 1
+            made.result = on_disk(root, made)
+            made.outcome = "fail" if made.result in ERRORS else "ok"
+            if seed % 2 and made.kind in ("create", "mkdir") and made.outcome == "ok":
+                made.result = ""  # the inode is learnt from a stat
+        inode = os.stat(root / "a").st_ino
+        verdict = check_names(ops, {"/a": ("directory", inode)})
+        assert not verdict.violations, f"seed {seed}: {verdict.violations[0]}"
+        assert not verdict.undecided, f"seed {seed}"
