@@ -73,9 +73,15 @@ def plan_of(directory: Path) -> Plan:
 def up(
     directory: Directory = HERE,
     mount: Annotated[Path | None, typer.Option(help="mount point (default ./mnt)")] = None,
-    base_port: Annotated[int | None, typer.Option(help="first TCP port (default 9400)")] = None,
-    storages: Annotated[int | None, typer.Option(help="storage services (default 3)")] = None,
-    replicas: Annotated[int | None, typer.Option(help="copies of all data (default 3)")] = None,
+    base_port: Annotated[
+        int | None, typer.Option(min=1024, max=65_000, help="first TCP port (default 9400)")
+    ] = None,
+    storages: Annotated[
+        int | None, typer.Option(min=1, max=99, help="storage services (default 3)")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=99, help="copies of all data (default 3)")
+    ] = None,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="only the servers")] = False,
 ) -> None:
     """Start a whole cluster on this host and mount it. Harmless when it runs already."""
@@ -200,7 +206,10 @@ async def _status(plan: Plan) -> None:
 def doctor(directory: Directory = HERE) -> None:
     """Check this host; each finding comes with its remedy."""
     directory = directory.absolute()
-    plan = load_plan(directory) or Plan(directory=str(directory), mountpoint="mnt")
+    try:
+        plan = load_plan(directory) or Plan(directory=str(directory), mountpoint="mnt")
+    except EmberfsError as problem:
+        fail(problem.message)
     table = Table("", "what", "seen", "remedy")
     marks = {0: "[green]ok[/]", 1: "[yellow]warning[/]", 2: "[red]fatal[/]"}
     findings = _findings(plan)

@@ -51,6 +51,12 @@ async def bring_up(env: Env, plan: Plan, say: Say, *, mount: bool = True) -> Rou
 
 
 def _check_plan(plan: Plan) -> None:
+    if min(plan.replicas, plan.storages, plan.targets_per_storage) < 1:
+        raise EmberfsError(
+            Code.CONFIG,
+            f"{plan.storages} storages with {plan.targets_per_storage} targets and {plan.replicas} "
+            "replicas: at least 1 of each is needed",
+        )
     if plan.replicas > plan.storages:
         raise EmberfsError(
             Code.CONFIG,
