@@ -16,8 +16,17 @@ from emberfs.client.routing import Routing
 from emberfs.kv.memory import MemoryStore
 from emberfs.kv.transaction import Engine
 from emberfs.kv.transactions import ReadWrite
-from emberfs.mgmtd.events import ChainsRequested, HeartbeatArrived, Registered, Timing
+from emberfs.mgmtd.election import LeaseRecord
+from emberfs.mgmtd.events import (
+    ChainsRequested,
+    HeartbeatArrived,
+    Loaded,
+    Persist,
+    Registered,
+    Timing,
+)
 from emberfs.mgmtd.manager import Manager
+from emberfs.mgmtd.store import ClusterStore
 from emberfs.proto.cluster import (
     ClusterId,
     LocalState,
@@ -421,5 +430,66 @@ def test_commits_of_unknown_outcome_are_harmless() -> None:
                     raise AssertionError("never registered")
             await until(lambda: len(client.routing.snapshot.nodes_of(NodeKind.META)) == 20)
             client.check()
+
+    run(story)
+
+
+def test_a_late_write_does_not_undo_the_next() -> None:
+    """A write given up by its sender may arrive after later ones: it must not change anything."""
+
+    async def story(site: Site) -> None:
+        engine = Store().engine
+        gates: list[asyncio.Event] = []
+
+        class Late(Link):
+            """Commits when the gate opens; the reads are from before."""
+
+            async def run(
+                self,
+                work: Callable[[ReadWrite], Awaitable[T]],
+                *,
+                read_only: bool = False,
+                durable: bool = False,
+            ) -> T:
+                async def held(transaction: ReadWrite) -> T:
+                    result = await work(transaction)
+                    if gates:
+                        await gates.pop().wait()
+                    return result
+
+                return await engine.run(held, read_only=read_only, durable=durable)
+
+        store = ClusterStore(Late(Store()), "c", b"")
+        mine = LeaseRecord(NodeId(900), 1, "x", 1, 0, 1)
+        await store.claim(None, mine, 77)
+        gate = asyncio.Event()
+        gates.append(gate)
+        old, new = (Node(NodeId(1), NodeKind.META, host, (), 7, True) for host in ("old", "new"))
+        effects = [Persist((node,), (), (), RoutingVersion(0), durable=True) for node in (old, new)]
+        late = asyncio.ensure_future(store.persist(mine, 1, effects[0]))
+        await asyncio.sleep(0.01)
+        await store.persist(mine, 1, effects[0])
+        await store.persist(mine, 2, effects[1])
+        gate.set()
+        await late
+        assert (await store.load(mine)).nodes == (new,)
+
+    run(story)
+
+
+def test_a_write_of_an_older_epoch_is_refused() -> None:
+    async def story(site: Site) -> None:
+        store = ClusterStore(Link(Store()), "c", b"")
+        old = LeaseRecord(NodeId(900), 1, "x", 1, 0, 1)
+        new = LeaseRecord(NodeId(901), 2, "y", 2, 0, 1)
+        await store.claim(None, old, 77)
+        await store.claim(old, new, 78)
+        effect = Persist((), (), (), RoutingVersion(5), durable=True)
+        for ask in (store.persist(old, 1, effect), store.load(old)):
+            with pytest.raises(EmberfsError, match="mgmtd 901 at y") as caught:
+                await ask
+            assert caught.value.code == Code.NOT_PRIMARY
+        assert not (await store.renew(old)).written
+        assert (await store.load(new)) == Loaded(identity=77)
 
     run(story)

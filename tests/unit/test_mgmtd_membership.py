@@ -475,3 +475,19 @@ def test_random_life(seed: int) -> None:
             world.beat(node, report(node * 100 + 1, UP, world.version()), incarnation=incarnation)
         world.send(Ticked())
     assert {state for _, state in world.states()} == {S}
+
+
+def test_a_longer_lease_of_before_is_honoured_over_two_restarts() -> None:
+    """Nodes may still hold the lease that an earlier mgmtd promised, also after a second start."""
+    lease_ns = 60 * SECOND
+    world = World(Loaded(lease_ns=lease_ns))
+    assert [p.lease_ns for p in world.persisted] == [0], "it stays on record"
+    world.run(30)
+    assert not any(p.lease_ns for p in world.persisted)
+    world.run(31)
+    assert world.persisted[-1].lease_ns == TIMING.lease_ns
+    count = len(world.persisted)
+    world.run(10)
+    assert len(world.persisted) == count
+    fresh = World()
+    assert fresh.persisted[0].lease_ns == TIMING.lease_ns
