@@ -4,7 +4,7 @@ MOUNT ?= mnt
 BIN   := $(VENV)/bin
 INPUTS := pyproject.toml runtime/_native.c deploy/install.sh
 
-.PHONY: up down clean-data status install test check unit integration demo bench proto help
+.PHONY: fuzz up down clean-data status install test check unit integration demo bench proto help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -44,6 +44,10 @@ check: $(VENV)/installed-test  ## ruff, format, mypy strict
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+fuzz: $(VENV)/installed-test   ## coverage-guided fuzzing of every decoder (SECONDS=60)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --group fuzz
+	@$(BIN)/python tests/fuzz/atheris_targets.py -max_total_time=$(or $(SECONDS),60) -max_len=4096 -artifact_prefix=$(or $(TMPDIR),/tmp)/
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py
