@@ -6,9 +6,8 @@ from rich.table import Table
 from emberfs.deploy import processes
 from emberfs.deploy.plan import META_NODE, STORAGE_NODE_FIRST, Plan
 from emberfs.fabric.pool import PeerPool
-from emberfs.proto.cluster import Node, NodeKind, PublicState, RoutingSnapshot
+from emberfs.proto.cluster import Node, NodeKind, PublicState, RoutingSnapshot, TargetReport
 from emberfs.proto.errors import EmberfsError
-from emberfs.proto.ids import MiB
 from emberfs.runtime.env import Env
 
 COLOURS = {
@@ -116,20 +115,49 @@ def target_table(routing: RoutingSnapshot) -> Table:
             report.local.name.lower(),
             size(report.used_bytes),
             size(report.capacity_bytes),
-            recovery_note(status.public, report.sync_done_bytes, report.sync_total_bytes)
-            or report.reason,
+            target_note(status.public, report),
         )
     return table
 
 
-def recovery_note(public: PublicState, done_bytes: int, total_bytes: int) -> str:
+def target_note(public: PublicState, report: TargetReport) -> str:
+    """What an operator should know of a target: why it is out, how far it is, what is damaged."""
+    notes = [report.reason]
+    if public == PublicState.SYNCING:
+        notes.append(recovery_note(report))
+    if report.damaged_chunks:
+        notes.append(f"[red]{report.damaged_chunks} damaged chunks, not mended yet[/]")
+    if report.scrub_findings:
+        notes.append(f"scrub found {report.scrub_findings}")
+    if report.scrub_percent:
+        notes.append(f"scrub {report.scrub_percent} %")
+    return "; ".join(note for note in notes if note)
+
+
+def recovery_note(report: TargetReport) -> str:
     """Progress of a target that is being filled."""
-    if public != PublicState.SYNCING:
-        return ""
-    if not total_bytes:
-        return "recovery begins"
-    percent = 100 * done_bytes // total_bytes
-    return f"recovery {percent} % of {total_bytes / MiB:.0f} MiB"
+    done, total, rate = report.sync_done_bytes, report.sync_total_bytes, report.sync_bytes_per_s
+    source = f" from {report.sync_source}" if report.sync_source else ""
+    hindered = f", does not advance: {report.sync_problem}" if report.sync_problem else ""
+    if not report.sync_total_chunks:
+        return f"recovery{source} begins{hindered}"
+    whole = report.sync_total_chunks
+    percent = 100 * done // total if total else 100 * report.sync_done_chunks // whole
+    text = (
+        f"recovery{source} {percent} %: {report.sync_done_chunks} of {report.sync_total_chunks} "
+        f"chunks, {size(done)} of {size(total)}"
+    )
+    if rate:
+        text += f", {size(rate)}/s, {duration(-(-max(0, total - done) // rate))} left"
+    return text + hindered
+
+
+def duration(seconds: int) -> str:
+    """Seconds for people."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
 
 
 async def show(env: Env, routing: RoutingSnapshot, plan: Plan | None) -> RenderableType:

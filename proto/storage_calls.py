@@ -121,6 +121,10 @@ class UpdateRequest(msgspec.Struct, frozen=True, gc=False):
     # REPLACE only: what the chunk remembers of its writers (exactly-once survives recovery).
     remembered: tuple[RememberedWrite, ...] = ()
     exists: bool = True  # REPLACE only: False says that the chunk is to be absent
+    # REPLACE only, of a chunk whose only complete copy is damaged: the checksums (u32 LE CRC32C per
+    # grain) of what the content should be. The receiver keeps them, so that whoever reads the
+    # damaged part is refused there too.
+    checksums: bytes = b""
 
 
 class UpdateAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -166,6 +170,7 @@ class ListRequest(msgspec.Struct, frozen=True, gc=False):
     limit: int
     verify: bool = False  # read the data and compare its checksums
     serving_only: bool = False  # refuse with NOT_SERVING unless the target serves
+    with_writers: bool = False  # fill in ChunkRow.remembered
 
 
 class ChunkRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -177,6 +182,7 @@ class ChunkRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
     length: int
     digest: int  # CRC32C over the chunk's block checksums and length
     damaged: bool = False  # verify found data that its checksums refute
+    remembered: tuple[RememberedWrite, ...] = ()  # if asked for
 
 
 class ListAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -194,6 +200,11 @@ class SyncRequest(msgspec.Struct, frozen=True, gc=False):
     done: bool
     done_bytes: int = 0
     total_bytes: int = 0
+    done_chunks: int = 0
+    total_chunks: int = 0
+    bytes_per_s: int = 0  # what is sent at present
+    source: TargetId = TargetId(0)  # who fills
+    problem: str = ""  # why the last session failed; empty once this one has come further
 
 
 class SyncAnswer(msgspec.Struct, frozen=True, gc=False):

@@ -80,6 +80,13 @@ class RealFile:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
+    def drop_cached(self, offset: int, length: int) -> None:
+        """Drop the clean pages of a range from the page cache (posix_fadvise(2))."""
+        try:
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            pass  # it is advice
+
     def size(self) -> int:
         """Length in bytes."""
         return os.fstat(self._fd).st_size

@@ -6,6 +6,7 @@ One file per class keeps a flush at no more than eleven fdatasync calls however 
 import errno
 import threading
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import KiB, MiB
@@ -37,6 +38,15 @@ def file_name(size_class: int) -> str:
 def record_reserve_bytes(space: Space) -> int:
     """Space that blocks never take: removing a chunk on a full disk needs room for its record."""
     return min(256 * MiB, max(24 * MiB, space.total_bytes // 20))
+
+
+@runtime_checkable
+class CacheDropping(Protocol):
+    """A DiskFile that can forget what it keeps in memory."""
+
+    def drop_cached(self, offset: int, length: int) -> None:
+        """Drop the clean pages of a range; advice, never an error."""
+        ...
 
 
 class BlockFiles:
@@ -94,6 +104,18 @@ class BlockFiles:
             return self._files[size_class].read_cached_into(view, start + offset)
         except OSError as problem:
             raise disk_error(problem, "reading a block") from None
+
+    def is_cached(self, position: int) -> bool:
+        """Tell whether a block's beginning is in memory."""
+        probe = memoryview(bytearray(1))
+        return self.read_cached_into(position, 0, probe) == 1
+
+    def drop_cached(self, position: int, length: int) -> None:
+        """Let the next read of a block come from the disk, where the system knows how."""
+        size_class, start = place_of(position)
+        file = self._files[size_class]
+        if isinstance(file, CacheDropping):
+            file.drop_cached(start, length)
 
     def write(self, position: int, offset: int, views: Sequence[memoryview]) -> None:
         """Write `views` into a block from `offset`. Raises NO_SPACE or DISK."""

@@ -20,7 +20,7 @@ from emberfs.runtime.checksum import crc32c, crc32c_blocks
 from emberfs.runtime.env import Env
 from emberfs.storage.blockcheck import BlockCheck
 from emberfs.storage.blocks import BlockFiles, disk_error, record_reserve_bytes
-from emberfs.storage.content import Outcome, read_view
+from emberfs.storage.content import Outcome, View, read_unverified, read_view
 from emberfs.storage.flush import Flusher
 from emberfs.storage.records import (
     CHECKSUM_BYTES,
@@ -101,6 +101,7 @@ class ChunkStore:
         self._unlock = unlock
         self._closed = False
         self.damaged: set[ChunkId] = set()  # chunks whose content was refuted by its checksums
+        self._adopted: set[ChunkId] = set()  # whose pending version came damaged
         self.power_cut_possible = False  # the target may have lost what was not flushed
         self._preparer = Preparer(table, files, self.damaged)
         self._flusher = Flusher(table, files)
@@ -251,16 +252,18 @@ class ChunkStore:
         chunk_bytes: int,
         remembered: tuple[RememberedWrite, ...],
         replace_exists: bool = True,
+        checksums: bytes = b"",
     ) -> None:
         """Write `version` as pending; it survives kill -9 when this returns. [T] or is_quick
 
         `version` is committed + 1; any for REPLACE. `remembered` becomes the chunk's. A pending
         version that is there is discarded first. Raises VERSION_GAP, INVALID, NO_SPACE, DISK,
         CHECKSUM (the content to merge with is damaged); then the committed version is untouched.
+        `checksums`: a REPLACE by content that is damaged already; these are what it should have.
         """
         update = Update(
             kind, version, offset, length, data if data is not None else NOTHING,
-            chunk_bytes, remembered, replace_exists,
+            chunk_bytes, remembered, replace_exists, checksums,
         )  # fmt: skip
         pending = self._stage(chunk, update)
         try:
@@ -281,11 +284,12 @@ class ChunkStore:
         chunk_bytes: int,
         remembered: tuple[RememberedWrite, ...],
         replace_exists: bool = True,
+        checksums: bytes = b"",
     ) -> None:
         """As prepare and commit, in one batch. [T] or is_quick"""
         update = Update(
             kind, version, offset, length, data if data is not None else NOTHING,
-            chunk_bytes, remembered, replace_exists,
+            chunk_bytes, remembered, replace_exists, checksums,
         )  # fmt: skip
         pending = self._stage(chunk, update)
         try:
@@ -304,6 +308,9 @@ class ChunkStore:
                 Code.VERSION_GAP, f"version {update.version} does not follow committed {have}"
             )
         self._table.discard(chunk)
+        self._adopted.discard(chunk)
+        if update.checksums:
+            self._adopted.add(chunk)
         try:
             return self._preparer.stage(chunk, update)
         except EmberfsError as problem:
@@ -331,8 +338,11 @@ class ChunkStore:
         self._healed(chunk, pending)
 
     def _healed(self, chunk: ChunkId, pending: Pending) -> None:
-        if pending.record.fresh or pending.record.removes:
+        if chunk in self._adopted:
+            self.damaged.add(chunk)
+        elif pending.record.fresh or pending.record.removes:
             self.damaged.discard(chunk)
+        self._adopted.discard(chunk)
 
     def discard(self, chunk: ChunkId) -> None:
         """Drop the pending version, if any. Raises NO_SPACE, DISK."""
@@ -440,6 +450,24 @@ class ChunkStore:
         outcome = ReadOutcome(length, view.version) if state == Outcome.DONE else None
         return state, outcome
 
+    def read_damaged(self, chunk: ChunkId, *, version: int, sink: memoryview) -> bytes:
+        """Fill `sink` with a whole version whatever its checksums say, and return those. [T]
+
+        For the last copy of a damaged chunk: what is good of it is not lost. Raises VERSION_GAP,
+        DISK.
+        """
+        table = self._table
+        token = table.reader_begins()
+        try:
+            with table.lock:  # nothing is written in place meanwhile
+                view = table.view(chunk, version, table.record(chunk))
+                if view is None or view.length != len(sink):
+                    raise EmberfsError(Code.VERSION_GAP, f"version {version} has gone")
+                read_unverified(self._files, view, sink)
+                return view.checksums
+        finally:
+            table.reader_ends(token)
+
     # ------------------------------------------------------------ upkeep
 
     def flush(self) -> None:
@@ -478,8 +506,11 @@ class ChunkStore:
             chunk, record.version, pending.pop(chunk, 0), record.length, digest_of(record), damaged
         )
 
-    def verify(self, chunk: ChunkId) -> bool:
-        """Read the committed version and compare its checksums; a mismatch is remembered. [T]"""
+    def verify(self, chunk: ChunkId, *, from_disk: bool = False) -> bool:
+        """Read the committed version and compare its checksums; a mismatch is remembered. [T]
+
+        `from_disk`: not from the page cache, as far as what is there has been written back.
+        """
         token = self._table.reader_begins()
         try:
             for attempt in range(_TRIES_UNLOCKED + 1):
@@ -490,7 +521,7 @@ class ChunkStore:
                     view = self._table.view_of(record)
                     if attempt == _TRIES_UNLOCKED:
                         break
-                if view_verifies(self._files, view):
+                if self._verifies(view, from_disk=from_disk):
                     return True
             with self._table.lock:
                 record = self._table.record(chunk)
@@ -500,6 +531,17 @@ class ChunkStore:
             self._table.reader_ends(token)
         self.damaged.add(chunk)
         return False
+
+    def _verifies(self, view: View, *, from_disk: bool) -> bool:
+        if not from_disk or not view.length:
+            return view_verifies(self._files, view)
+        # What nobody keeps in memory is not left there by us either.
+        warm = self._files.is_cached(view.block)
+        self._files.drop_cached(view.block, view.length)
+        found = view_verifies(self._files, view)
+        if not warm:
+            self._files.drop_cached(view.block, view.length)
+        return found
 
     def check(self) -> FsckAnswer:
         """Compare bitmaps with records: findings in words, none when all is sound. [T]"""

@@ -88,6 +88,17 @@ def _fill(
     return Outcome.DONE if found == expected else Outcome.REFUTED
 
 
+def read_unverified(files: BlockFiles, view: View, sink: memoryview) -> None:
+    """Fill `sink` with a whole version as it lies on the disk, damage and all. Raises DISK."""
+    assert len(sink) == view.length
+    count = files.read_into(view.block, 0, sink) if view.length else 0
+    if count < len(sink):
+        sink[count:] = bytes(len(sink) - count)
+    for overlay in view.overlays:
+        if overlay:
+            patch(sink, 0, overlay)
+
+
 def zeros(length: int) -> list[memoryview]:
     """Return views that together are `length` zero bytes."""
     whole, rest = divmod(length, len(ZEROS))

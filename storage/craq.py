@@ -28,7 +28,7 @@ version stays in the store as a leftover, or is overwritten when the target is f
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -64,47 +64,15 @@ from emberfs.storage.chunk_events import (
     StoreFailed,
     UpdateArrived,
 )
+from emberfs.storage.remembering import merge_remembered, recall, remember
 from emberfs.storage.view import NOBODY, View
 
-REMEMBERED_MAX = 16  # (client, channel) pairs that a chunk remembers
 QUEUED_MAX = 512  # operations that wait for one chunk
 RETRY_FIRST_NS = 25 * MS
 RETRY_MAX_NS = 300 * MS
 
 # Codes after which the successor needs the whole content instead of the change.
 WANTS_CONTENT = frozenset({Code.VERSION_GAP, Code.CHECKSUM})
-
-
-# ---------------------------------------------------------------- rules without state
-
-
-def remember(
-    remembered: tuple[RememberedWrite, ...], tag: WriteTag, version: int
-) -> tuple[RememberedWrite, ...]:
-    """Put the newest write in front; of each (client, channel) only the last is kept."""
-    others = [row for row in remembered if row.client != tag.client or row.channel != tag.channel]
-    newest = RememberedWrite(tag.client, tag.channel, tag.sequence, version)
-    return (newest, *others[: REMEMBERED_MAX - 1])
-
-
-def recall(remembered: Sequence[RememberedWrite], tag: WriteTag) -> RememberedWrite | None:
-    """Return the last write of the tag's (client, channel), if it is remembered."""
-    for row in remembered:
-        if row.client == tag.client and row.channel == tag.channel:
-            return row
-    return None
-
-
-def merge_remembered(
-    own: tuple[RememberedWrite, ...], given: tuple[RememberedWrite, ...]
-) -> tuple[RememberedWrite, ...]:
-    """Add what a tombstone still knows behind what the chunk itself remembers."""
-    known = {(row.client, row.channel) for row in own}
-    more = tuple(row for row in given if (row.client, row.channel) not in known)
-    return (own + more)[:REMEMBERED_MAX]
-
-
-# ---------------------------------------------------------------- the machine
 
 
 class Phase(IntEnum):
@@ -327,7 +295,7 @@ class ChunkMachine:
         elif request.kind == UpdateKind.REMOVE and version == 0 and pending is None:
             operation.version = request.version
             self._answer(operation, None, effects)
-        elif request.version != version + 1 or self._was_buried(request):
+        elif request.version != version + 1 or self._was_seen(request):
             # Either we differ from our predecessor, who then sends the whole content, or this is
             # a late duplicate, whose answer nobody waits for.
             text = f"version {request.version} does not follow {version}"
@@ -350,11 +318,12 @@ class ChunkMachine:
     def _is(self, last: RememberedWrite, request: UpdateRequest) -> bool:
         return last.sequence == request.tag.sequence and last.version == request.version
 
-    def _was_buried(self, request: UpdateRequest) -> bool:
-        """Tell whether the chunk, absent now, had already seen this update before its removal."""
-        if self.state is not None and self.state.version:
-            return False
-        last = recall(self.tombstone, request.tag)
+    def _was_seen(self, request: UpdateRequest) -> bool:
+        """Tell whether the writer has come further here: before the chunk was removed, too.
+
+        Versions begin anew after a removal, so a late duplicate may have the right one by chance.
+        """
+        last = recall(self._remembered(), request.tag)
         return last is not None and last.sequence >= request.tag.sequence
 
     def _take(

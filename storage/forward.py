@@ -1,9 +1,12 @@
 """Sending an update, or the whole content of a chunk, to the successor.
 
-REPLACE messages carry an order token in `tag`: (this process, sending target, rising number). The
-receiver refuses one that a later one has overtaken on another connection (see ReplaceOrder).
+REPLACE messages carry an order token in `tag`: (life, sending target, rising number). The receiver
+refuses one that a later one has overtaken on another connection (see ReplaceOrder). `life` counts
+the starts of the sending target, on its disk: what a killed process has left in the network must
+not overwrite what its next life has sent since.
 """
 
+import logging
 from collections import OrderedDict
 
 import msgspec
@@ -19,6 +22,9 @@ from emberfs.storage.chunk_events import Forward, State
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.links import Links
 from emberfs.storage.storeface import Store
+from emberfs.storage.table import PENDING
+
+log = logging.getLogger("emberfs.storage.forward")
 
 ORDER_CHUNKS_MAX = 4096
 
@@ -28,10 +34,17 @@ class ReplaceOrder:
 
     def __init__(self) -> None:
         self._newest: OrderedDict[tuple[TargetId, ChunkId], WriteTag] = OrderedDict()
+        # (receiver, sender) -> (chain version, life). A replaced disk begins with life 1 again, but
+        # not without a change of the chain.
+        self._lives: dict[tuple[TargetId, int], tuple[int, int]] = {}
 
     def admit(self, request: UpdateRequest) -> bool:
         """Note a REPLACE; False when a later one of the same sender came before it."""
         place, tag = (request.target, request.chunk), request.tag
+        sender, life = (request.target, tag.channel), (request.chain_version, tag.client)
+        if life < self._lives.get(sender, (0, 0)):
+            return False
+        self._lives[sender] = life
         newest = self._newest.pop(place, None)
         overtaken = (
             newest is not None
@@ -44,15 +57,21 @@ class ReplaceOrder:
         return not overtaken
 
 
+class OwnDamageError(EmberfsError):
+    """The content that was to be sent is damaged here, and a good copy may be elsewhere."""
+
+
 class Sender:
     """The sending side of one target."""
 
-    def __init__(self, env: Env, target: TargetId, links: Links, buffers: BufferPool) -> None:
+    def __init__(
+        self, env: Env, target: TargetId, links: Links, buffers: BufferPool, life: int
+    ) -> None:
         self._env = env
         self._target = target
         self._links = links
         self._buffers = buffers
-        self._token = env.random.getrandbits(62)
+        self._life = life
         self._sequence = 0
 
     async def send_change(self, effect: Forward, source: Slice | None) -> None:
@@ -69,8 +88,14 @@ class Sender:
         )
         await self._links.update(onward, source)
 
-    async def send_pending(self, store: Store, chunk: ChunkId, effect: Forward) -> None:
-        """Send our own view of the pending version `effect.version` as a REPLACE."""
+    async def send_pending(
+        self, store: Store, chunk: ChunkId, effect: Forward, *, last_copy: bool
+    ) -> None:
+        """Send our own view of the pending version `effect.version` as a REPLACE.
+
+        `last_copy`: nobody behind us is complete, so damaged content is sent as such; otherwise
+        it raises OwnDamageError.
+        """
         state = store.state(chunk)
         pending = state.pending if state is not None else None
         if pending is None or pending.version != effect.version:
@@ -82,9 +107,11 @@ class Sender:
             effect.successor,
             ChainVersion(effect.chain_version),
             version=pending.version,
+            reads=PENDING,
             length=length,
             remembered=pending.remembered,
             exists=not pending.removes,
+            last_copy=last_copy,
         )
 
     async def send_committed(
@@ -94,8 +121,13 @@ class Sender:
         state: State | None,
         successor: TargetId,
         chain_version: ChainVersion,
+        *,
+        last_copy: bool = False,
     ) -> int:
-        """Send our committed version (or absence) as a REPLACE; return its bytes."""
+        """Send our committed version (or absence) as a REPLACE; return its bytes.
+
+        `last_copy` as in send_pending.
+        """
         exists = state is not None and state.version > 0
         length = state.length if state is not None and exists else 0
         await self._send_content(
@@ -104,9 +136,11 @@ class Sender:
             successor,
             chain_version,
             version=state.version if state is not None and exists else 1,
+            reads=0,
             length=length,
             remembered=state.remembered if state is not None and exists else (),
             exists=exists,
+            last_copy=last_copy,
         )
         return length
 
@@ -118,15 +152,17 @@ class Sender:
         chain_version: ChainVersion,
         *,
         version: int,
+        reads: int,
         length: int,
         remembered: tuple[RememberedWrite, ...],
         exists: bool,
+        last_copy: bool,
     ) -> None:
         buffer = await self._buffers.take_wait(length) if length else None
         try:
-            checksum = 0
+            checksum, checksums = 0, b""
             if buffer is not None:
-                checksum = await self._load(store, chunk, version, buffer)
+                checksum, checksums = await self._load(store, chunk, reads, buffer, last_copy)
             request = UpdateRequest(
                 target=successor,
                 chain_version=chain_version,
@@ -140,25 +176,39 @@ class Sender:
                 version=version,
                 remembered=remembered,
                 exists=exists,
+                checksums=checksums,
             )
             await self._links.update(request, buffer)
         finally:
             if buffer is not None:
                 self._buffers.give(buffer)
 
-    async def _load(self, store: Store, chunk: ChunkId, version: int, buffer: Slice) -> int:
-        """Read one version into the buffer; return its CRC32C."""
+    async def _load(
+        self, store: Store, chunk: ChunkId, version: int, buffer: Slice, last_copy: bool
+    ) -> tuple[int, bytes]:
+        """Read one version; return its CRC32C, and the checksums that refute damaged content."""
 
-        def work() -> int:
+        def work() -> tuple[int, bytes]:
             view = buffer.view
-            outcome = store.read_into(chunk, version=version, offset=0, length=len(view), sink=view)
+            try:
+                outcome = store.read_into(
+                    chunk, version=version, offset=0, length=len(view), sink=view
+                )
+            except EmberfsError as problem:
+                if problem.code != Code.CHECKSUM:
+                    raise
+                if not last_copy:
+                    raise OwnDamageError(problem.code, problem.message) from None
+                log.error("chunk %s: its last complete copy is damaged; sent as it is", chunk.hex())
+                checksums = store.read_damaged(chunk, version=version, sink=view)
+                return crc32c(view), checksums
             if outcome.length != len(view):
                 text = f"read {outcome.length} of {len(view)} bytes of version {version}"
                 raise EmberfsError(Code.INTERNAL, text)
-            return crc32c(view)
+            return crc32c(view), b""
 
         return await run_thread_to_end(self._env, work)
 
     def _next_tag(self) -> WriteTag:
         self._sequence += 1
-        return WriteTag(self._token, self._target, self._sequence)
+        return WriteTag(self._life, self._target, self._sequence)

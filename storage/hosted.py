@@ -7,20 +7,24 @@ from emberfs.fabric.buffers import BufferPool
 from emberfs.kv.store import OrderedStore
 from emberfs.proto.cluster import Chain, ChainTarget, PublicState, RoutingSnapshot, TargetReport
 from emberfs.proto.errors import EmberfsError
-from emberfs.proto.ids import SECOND, TargetId
+from emberfs.proto.ids import SECOND, ChainVersion, TargetId
+from emberfs.proto.storage_calls import SyncRequest
 from emberfs.runtime.env import Env
 from emberfs.storage.chunks import ChunkStore, open_rocks
 from emberfs.storage.filling import Recovery, Throttle
 from emberfs.storage.forward import Sender
 from emberfs.storage.links import Links
-from emberfs.storage.metrics import LOCAL_STATE, PUBLIC_STATE, USED_BYTES
+from emberfs.storage.metrics import DAMAGED_NOW, LOCAL_STATE, PUBLIC_STATE, RECOVERY, USED_BYTES
 from emberfs.storage.repair import Repairer
 from emberfs.storage.replica import TargetReplica
-from emberfs.storage.target import DiskFailed, Opened, RoutingChanged, TargetState
+from emberfs.storage.scrub import Scrubber, ScrubSettings
+from emberfs.storage.target import DiskFailed, Opened, RoutingChanged, TargetState, Ticked
 from emberfs.storage.view import view_of
 
 log = logging.getLogger("emberfs.storage.hosted")
 
+NO_SYNC = SyncRequest(TargetId(0), ChainVersion(0), done=False)
+TICK_NS = SECOND
 FLUSH_EVERY_NS = 2 * SECOND
 FLUSH_LOOK_NS = SECOND // 5
 
@@ -42,11 +46,12 @@ class HostedTarget:
         self.state = TargetState(target)
         self.replica: TargetReplica | None = None
         self.store: ChunkStore | None = None
-        self.sync_progress = (0, 0)  # bytes done and in all, while we are being filled
+        self.sync: SyncRequest | None = None  # what our predecessor last said of our recovery
         self._env = env
         self._capacity_bytes = capacity_bytes
         self._open_store = open_store
         self._sharers = 1
+        self._scrubber: Scrubber | None = None
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
         """Take over routing."""
@@ -67,6 +72,8 @@ class HostedTarget:
         *,
         throttle: Throttle,
         sharers: int,
+        scrub: ScrubSettings,
+        lease_ok: Callable[[], bool],
     ) -> None:
         """Open the store; a failure is reported as OFFLINE with its reason, not raised.
 
@@ -81,18 +88,24 @@ class HostedTarget:
                     env, path, open_store=self._open_store, capacity_bytes=capacity
                 )
             )
+            life = await env.run_blocking(lambda: next_life(env, path))
         except (EmberfsError, OSError) as problem:
             log.error("target %d cannot be opened: %s", self.target, problem)
             self.state.handle(DiskFailed(f"cannot be opened: {problem}"), env.now_ns())
             return
         self.store = store
-        sender = Sender(env, self.target, links, buffers)
+        sender = Sender(env, self.target, links, buffers, life)
         replica = TargetReplica(env, store, sender, self.state, report_now)
         replica.repair = lambda chunk: repairer.repair(replica, chunk)
         self.replica = replica
         replica.settle(Opened(doubtful=store.power_cut_possible, blank=blank))
         recovery = Recovery(env, replica, sender, links, throttle)
         replica.tasks.spawn(recovery.run(), name=f"recovery of target {self.target}'s successor")
+        self._scrubber = Scrubber(
+            env, path, replica, sender, links, repairer, scrub, lease_ok=lease_ok
+        )
+        replica.tasks.spawn(self._scrubber.run(), name="scrub")
+        replica.tasks.spawn(self._tick(replica), name="passing of time")
         replica.tasks.spawn(self._flush_now_and_then(replica), name="background flush")
 
     async def close(self) -> None:
@@ -101,15 +114,21 @@ class HostedTarget:
             await self.replica.close()
         if self.store is not None:
             await self._env.run_blocking(self.store.close)
-        self.replica = self.store = None
+        self.replica = self.store = self._scrubber = None
 
     def report(self) -> TargetReport:
         """What heartbeats say."""
         used, capacity = self._space()
+        damaged = len(self.store.damaged) if self.store is not None else 0
         syncing = self.state.published.public == PublicState.SYNCING
-        done, total = self.sync_progress if syncing else (0, 0)
+        sync = self.sync
+        if not syncing or sync is None or sync.chain_version != self.state.published.chain_version:
+            sync = NO_SYNC
+        self._show(sync)
+        scrubber = self._scrubber
         LOCAL_STATE.labels(self.target).set(self.state.local)
         USED_BYTES.labels(self.target).set(used)
+        DAMAGED_NOW.labels(self.target).set(damaged)
         return TargetReport(
             target=self.target,
             local=self.state.local,
@@ -117,9 +136,28 @@ class HostedTarget:
             used_bytes=used,
             capacity_bytes=capacity,
             reason=self.state.reason,
-            sync_done_bytes=done,
-            sync_total_bytes=total,
+            sync_done_bytes=sync.done_bytes,
+            sync_total_bytes=sync.total_bytes,
+            sync_done_chunks=sync.done_chunks,
+            sync_total_chunks=sync.total_chunks,
+            sync_bytes_per_s=sync.bytes_per_s,
+            sync_source=sync.source,
+            sync_problem=self.state.sync_problem,
+            damaged_chunks=damaged,
+            scrub_percent=scrubber.percent if scrubber is not None else 0,
+            scrub_finished_s=scrubber.note.finished_s if scrubber is not None else 0,
+            scrub_findings=scrubber.findings if scrubber is not None else 0,
         )
+
+    def _show(self, sync: SyncRequest) -> None:
+        for what, value in (
+            ("done_bytes", sync.done_bytes),
+            ("total_bytes", sync.total_bytes),
+            ("done_chunks", sync.done_chunks),
+            ("total_chunks", sync.total_chunks),
+            ("bytes_per_s", sync.bytes_per_s),
+        ):
+            RECOVERY.labels(self.target, what).set(value)
 
     def _space(self) -> tuple[int, int]:
         if self.store is None:
@@ -135,6 +173,11 @@ class HostedTarget:
             capacity = used + max(0, capacity - used) // self._sharers
         return used, capacity
 
+    async def _tick(self, replica: TargetReplica) -> None:
+        while True:
+            await self._env.sleep_ns(TICK_NS)
+            replica.settle(Ticked())
+
     async def _flush_now_and_then(self, replica: TargetReplica) -> None:
         last_ns = self._env.now_ns()
         while True:
@@ -146,6 +189,16 @@ class HostedTarget:
                     await replica.flush()
                 except EmberfsError as problem:
                     log.error("target %d: background flush: %s", self.target, problem)
+
+
+def next_life(env: Env, path: str) -> int:
+    """Count the starts of a target, durably. Blocks. Raises OSError."""
+    try:
+        last = int(env.disk.read_small(f"{path}/life"))
+    except (FileNotFoundError, ValueError):
+        last = 0
+    env.disk.replace_small(f"{path}/life", b"%d\n" % (last + 1))
+    return last + 1
 
 
 def chain_of_target(snapshot: RoutingSnapshot, target: TargetId) -> Chain | None:

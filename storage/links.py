@@ -26,6 +26,7 @@ from emberfs.proto.storage_calls import (
 )
 
 FORWARD_TIMEOUT_NS = 5 * SECOND
+SLOWEST_BYTES_PER_S = 8 << 20  # slower, and a chunk of 64 MiB cannot be forwarded
 QUESTION_TIMEOUT_NS = 1 * SECOND
 LIST_TIMEOUT_NS = 10 * SECOND
 
@@ -39,7 +40,8 @@ class Links:
     async def update(self, request: UpdateRequest, source: Buffer | None) -> UpdateAnswer:
         """Forward an update, or the content of a chunk, to `request.target`."""
         sources = () if source is None else (source,)
-        return await self._ask(UPDATE, request, request.target, FORWARD_TIMEOUT_NS, sources)
+        timeout_ns = FORWARD_TIMEOUT_NS + request.length * SECOND // SLOWEST_BYTES_PER_S
+        return await self._ask(UPDATE, request, request.target, timeout_ns, sources)
 
     async def tail_version(
         self, tail: TargetId, chain_version: ChainVersion, chunk: ChunkId

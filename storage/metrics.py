@@ -33,3 +33,22 @@ SYNCED_BYTES = Counter("emberfs_storage_synced_bytes", "Bytes sent to targets in
 PUBLIC_STATE = Gauge("emberfs_storage_public_state", "PublicState of a local target", ["target"])
 LOCAL_STATE = Gauge("emberfs_storage_local_state", "LocalState of a local target", ["target"])
 USED_BYTES = Gauge("emberfs_storage_used_bytes", "Bytes that a local target uses", ["target"])
+DAMAGED_NOW = Gauge(
+    "emberfs_storage_damaged_now", "Chunks known to be damaged and not repaired yet", ["target"]
+)
+RECOVERY = Gauge(
+    "emberfs_storage_recovery",
+    "Recovery of a local target: bytes and chunks done and in all, bytes per second",
+    ["target", "what"],
+)
+SCRUBBED_BYTES = Counter("emberfs_storage_scrubbed_bytes", "Bytes that the scrubber has verified")
+SCRUB_FINDINGS = Counter(
+    "emberfs_storage_scrub_findings",
+    "Chunks found damaged, missing or differing from a neighbour in the chain",
+    ["kind"],
+)
+SCRUB_FINISHED = Gauge(
+    "emberfs_storage_scrub_finished_seconds",
+    "When the last whole pass over a target ended, seconds since 1970",
+    ["target"],
+)

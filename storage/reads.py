@@ -66,6 +66,7 @@ class Reader:
             await run_thread_to_end(
                 self._env, lambda: self._read_cold(cold, operations, sinks, results)
             )
+            self._still_ours(cold, operations, results)
         if disputed:
             deadline_ns = min(call.deadline_ns, started_ns + DISPUTE_NS_MAX)
             found = await asyncio.gather(
@@ -153,6 +154,23 @@ class Reader:
                 results[i] = ReadResult(0, outcome.length, outcome.version)
             except EmberfsError as problem:
                 results[i] = ReadResult(problem.code, 0, 0)
+
+    def _still_ours(
+        self,
+        places: Sequence[int],
+        operations: Sequence[ReadOp],
+        results: list[ReadResult | None],
+    ) -> None:
+        """Take back what was read while we lost our place: a target that is filled again shows
+        writes that its chain has not committed.
+        """
+        for i in places:
+            operation, result = operations[i], results[i]
+            if result is not None and not result.code:
+                try:
+                    self._check(self._replicas[operation.target], operation.chain_version)
+                except EmberfsError as problem:
+                    results[i] = self._failed(operation, problem)
 
     def _answer(
         self,
@@ -243,6 +261,7 @@ class Reader:
                         chunk, version=version, offset=offset, length=length, sink=sink
                     ),
                 )
+                self._check(replica, operation.chain_version)
         except EmberfsError as problem:
             if problem.code == Code.VERSION_GAP:
                 return None

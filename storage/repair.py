@@ -7,10 +7,9 @@ from emberfs.fabric.buffers import BufferPool
 from emberfs.proto.cluster import Chain
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import CHUNK_BYTES_MIN, ChainId, ChunkId, TargetId
-from emberfs.proto.storage_calls import UpdateKind
+from emberfs.proto.storage_calls import ChunkRow, UpdateKind
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
-from emberfs.storage.chunk_events import State
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.links import Links
 from emberfs.storage.metrics import DAMAGED, REPAIRS
@@ -72,7 +71,10 @@ class Repairer:
             if other.target == replica.target or chain is None:
                 continue
             try:
-                await self._fetch(replica, chunk, state, other.target)
+                row = ChunkRow(
+                    chunk, state.version, 0, state.length, 0, remembered=state.remembered
+                )
+                await self.fetch(replica, chunk, row, other.target)
             except EmberfsError as problem:
                 tried.append(f"target {other.target}: {problem}")
                 continue
@@ -87,28 +89,33 @@ class Repairer:
         why = "; ".join(tried) or "the chain has no other complete replica"
         raise EmberfsError(Code.CHECKSUM, f"damaged and not repaired: {why}")
 
-    async def _fetch(
-        self, replica: TargetReplica, chunk: ChunkId, state: State, source: TargetId
+    async def fetch(
+        self, replica: TargetReplica, chunk: ChunkId, wanted: ChunkRow, source: TargetId
     ) -> None:
-        buffer = await self._buffers.take_wait(max(state.length, 1))
+        """Put what `source` has committed in place of ours; the caller owns the chunk.
+
+        Raises VERSION_GAP when it has another version than `wanted`, or why it cannot be read.
+        """
+        version, length = wanted.version, wanted.length
+        buffer = await self._buffers.take_wait(max(length, 1))
         try:
             result = await self._links.read_chunk(source, replica.view.chain_version, chunk, buffer)
-            if result.version != state.version or result.length != state.length:
-                text = f"has version {result.version}, wanted {state.version}"
+            if result.version != version or result.length != length:
+                text = f"has version {result.version}, wanted {version}"
                 raise EmberfsError(Code.VERSION_GAP, text)
 
             def work() -> None:
                 replica.store.prepare_and_commit(
                     chunk,
                     UpdateKind.REPLACE,
-                    version=state.version,
+                    version=version,
                     offset=0,
-                    length=state.length,
-                    data=buffer.view[: state.length],
+                    length=length,
+                    data=buffer.view[:length],
                     chunk_bytes=max(
-                        CHUNK_BYTES_MIN, 1 << (state.length - 1).bit_length() if state.length else 0
+                        CHUNK_BYTES_MIN, 1 << (length - 1).bit_length() if length else 0
                     ),
-                    remembered=state.remembered,
+                    remembered=wanted.remembered,
                 )
 
             await run_thread_to_end(self._env, work)

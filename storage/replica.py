@@ -27,7 +27,7 @@ from emberfs.runtime.tasks import TaskSet
 from emberfs.storage import chunk_events as ev
 from emberfs.storage import target as condition
 from emberfs.storage.craq import ChunkMachine
-from emberfs.storage.forward import Sender
+from emberfs.storage.forward import OwnDamageError, Sender
 from emberfs.storage.group_flush import GroupFlush
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.metrics import FORWARD_FAILURES
@@ -120,6 +120,11 @@ class TargetReplica:
         if self.state.condition != condition.Condition.FAILED:
             log.error("target %d goes offline: %s", self.target, reason)
             self.settle(condition.DiskFailed(reason))
+
+    def withdraw(self, reason: str) -> None:
+        """Leave the chain for a while, to be filled again by who is complete."""
+        log.error("target %d leaves its chain: %s", self.target, reason)
+        self.settle(condition.Withdrew(reason))
 
     def _apply_view(self, view: View) -> None:
         log.info(
@@ -370,6 +375,7 @@ class TargetReplica:
             chunk_bytes=request.chunk_bytes,
             remembered=effect.remembered,
             replace_exists=request.exists,
+            checksums=request.checksums,
         )
         if self.store.is_quick(
             request.kind, request.length, chunk=active.chunk, offset=request.offset
@@ -454,12 +460,19 @@ class TargetReplica:
     async def _send(self, active: _Active, effect: ev.Forward, source: Slice | None) -> None:
         try:
             if effect.whole or effect.request is None:
-                await self._sender.send_pending(self.store, active.chunk, effect)
+                # Behind the tail nobody is complete: better damaged there than in the way for ever.
+                await self._sender.send_pending(
+                    self.store, active.chunk, effect, last_copy=self.view.tail_here
+                )
             else:
                 await self._sender.send_change(effect, source)
+        except OwnDamageError as problem:
+            # The successors are complete and can end this update; we cannot.
+            self.withdraw(f"an update meets damage that only others can mend: {problem.message}")
+            event: ev.Event = ev.ForwardFailed(effect.attempt, problem.code, problem.message)
         except EmberfsError as problem:
             FORWARD_FAILURES.labels(problem.code.name).inc()
-            event: ev.Event = ev.ForwardFailed(effect.attempt, problem.code, problem.message)
+            event = ev.ForwardFailed(effect.attempt, problem.code, problem.message)
         except OSError as problem:
             event = ev.ForwardFailed(effect.attempt, Code.DISCONNECTED, str(problem))
         else:

@@ -32,6 +32,7 @@ class Comparison(msgspec.Struct, frozen=True, gc=False):
 
     transfers: tuple[Transfer, ...]
     same_bytes: int  # data that is equal already
+    same_chunks: int
 
 
 def common_end(own_next: bytes, their_next: bytes) -> bytes:
@@ -48,14 +49,15 @@ def compare(own: Sequence[ChunkRow], theirs: Sequence[ChunkRow], stop: bytes) ->
     mine = {row.chunk: row for row in own if stop == END or row.chunk < stop}
     others = {row.chunk: row for row in theirs if stop == END or row.chunk < stop}
     transfers: list[Transfer] = []
-    same_bytes = 0
+    same_bytes = same_chunks = 0
     for chunk in sorted(mine.keys() | others.keys()):
         here, there = mine.get(chunk), others.get(chunk)
         if here is not None and there is not None and _equal(here, there):
             same_bytes += here.length
+            same_chunks += 1
         elif there is not None or (here is not None and here.version):
             transfers.append(Transfer(chunk, here.length if here is not None else 0))
-    return Comparison(tuple(transfers), same_bytes)
+    return Comparison(tuple(transfers), same_bytes, same_chunks)
 
 
 def _equal(here: ChunkRow, there: ChunkRow) -> bool:

@@ -18,6 +18,7 @@ from emberfs.runtime.env import Env
 from emberfs.runtime.service import run_service
 from emberfs.storage.chunks import open_rocks
 from emberfs.storage.hosted import HostedTarget
+from emberfs.storage.scrub import ScrubSettings
 from emberfs.storage.service import StorageService
 
 log = logging.getLogger("emberfs.storage.server")
@@ -42,6 +43,8 @@ class StorageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     targets: int = 1
     capacity_bytes: int = 0  # per target; 0 = an equal share of the file system
     sync_bytes_per_s: int = 0  # bound of what recovery sends; 0 = none
+    scrub_bytes_per_s: int = 16 << 20  # what the scrubber reads per target; 0 = no scrubbing
+    scrub_interval_s: int = 7 * 24 * 3600  # from one pass to the next
 
 
 class StorageServer:
@@ -76,6 +79,7 @@ class StorageServer:
             lease_ok=self._lease_ok,
             report_now=self._report_now,
             sync_bytes_per_s=config.sync_bytes_per_s,
+            scrub=ScrubSettings(config.scrub_bytes_per_s, config.scrub_interval_s),
         )
 
     def _targets(self) -> dict[TargetId, HostedTarget]:

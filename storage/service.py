@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.fabric.buffers import BufferPool
 from emberfs.fabric.call import Handler, ServerCall
@@ -25,6 +27,7 @@ from emberfs.proto.storage_calls import (
     SYNC,
     UPDATE,
     VERSION,
+    ChunkRow,
     FlushAnswer,
     FsckAnswer,
     ListAnswer,
@@ -51,7 +54,9 @@ from emberfs.storage.metrics import (
 from emberfs.storage.reads import Reader
 from emberfs.storage.repair import Repairer
 from emberfs.storage.replica import TargetReplica
-from emberfs.storage.target import SyncCompleted
+from emberfs.storage.scrub import ScrubSettings
+from emberfs.storage.target import SyncCompleted, SyncHeard
+from emberfs.storage.view import View
 
 log = logging.getLogger("emberfs.storage.service")
 
@@ -73,12 +78,14 @@ class StorageService:
         lease_ok: Callable[[], bool],
         report_now: Callable[[], None],
         sync_bytes_per_s: int = 0,
+        scrub: ScrubSettings | None = None,
     ) -> None:
         self._env = env
         self._routing = routing
         self.targets = targets
         self._lease_ok = lease_ok
         self._report_now = report_now
+        self._scrub = scrub or ScrubSettings()
         self._throttle = Throttle(env, sync_bytes_per_s)
         self._calls = NodeCalls(env, routing, peers)
         self._links = Links(self._calls)
@@ -119,6 +126,8 @@ class StorageService:
                     self._repairer,
                     self._report_now,
                     throttle=self._throttle,
+                    scrub=self._scrub,
+                    lease_ok=self._lease_ok,
                     sharers=sharers,
                 ),
                 name=f"opening target {hosted.target}",
@@ -174,12 +183,14 @@ class StorageService:
             check_update(request, source)
             await self._verify(request, source)
             await replica.catch_up(request.chain_version)
-            if request.version == 0 and not self._lease_ok():
-                text = "this node has not reached mgmtd for too long"
-                raise EmberfsError(Code.NOT_SERVING, text)
+            if request.version == 0:
+                self._fenced()
             if request.kind == UpdateKind.REPLACE and not self._order.admit(request):
                 raise EmberfsError(Code.SUPERSEDED, "a later replacement has come before")
             version, length = await replica.update(request, source)
+            if request.version == 0:
+                # Committed or not by the chain as it is now: the retry will be told.
+                self._fenced()
         except BaseException:
             UPDATES_FAILED.inc()
             raise
@@ -187,6 +198,11 @@ class StorageService:
         WRITTEN_BYTES.inc(source.length if source is not None else 0)
         UPDATE_SECONDS.observe((self._env.now_ns() - started_ns) / 1e9)
         return UPDATE.encode_answer(UpdateAnswer(version, length, replica.view.chain_version))
+
+    def _fenced(self) -> None:
+        """Raise NOT_SERVING when somebody else may be in our place already."""
+        if not self._lease_ok():
+            raise EmberfsError(Code.NOT_SERVING, "this node has not reached mgmtd for too long")
 
     async def _verify(self, request: UpdateRequest, source: Slice | None) -> None:
         if source is None or not source.length:
@@ -210,16 +226,23 @@ class StorageService:
     async def flush(self, call: ServerCall) -> bytes:
         """The handler of FLUSH."""
         request = FLUSH.decode_request(call.body)
-        for target in request.targets:
-            replica = self._replica(target)
-            if not replica.view.writable:
-                text = f"target {target} is {replica.view.public.name}: it holds no promise"
-                raise EmberfsError(Code.NOT_SERVING, text)
+        views = [self._promising(target) for target in request.targets]
         for target in request.targets[1:]:  # side by side, without a task for the usual one
             self._tasks.spawn(self._flush_quietly(target), name="flush")
         for target in request.targets:
             await self._replica(target).flush()
+        if [self._promising(target) for target in request.targets] != views:
+            raise EmberfsError(Code.CHAIN_VERSION, "the chain has changed during the flush")
         return FLUSH.encode_answer(FlushAnswer(request.targets))
+
+    def _promising(self, target: TargetId) -> View:
+        """Return the place of a target whose stable storage counts. NOT_SERVING if it does not."""
+        self._fenced()
+        replica = self._replica(target)
+        if not replica.view.writable:
+            text = f"target {target} is {replica.view.public.name}: it holds no promise"
+            raise EmberfsError(Code.NOT_SERVING, text)
+        return replica.view
 
     async def _flush_quietly(self, target: TargetId) -> None:
         try:
@@ -231,17 +254,29 @@ class StorageService:
         """The handler of LIST."""
         request = LIST.decode_request(call.body)
         replica = self._replica(request.target)
-        if request.serving_only and not (replica.state.serves and self._lease_ok()):
-            raise EmberfsError(Code.NOT_SERVING, f"target {request.target} does not serve")
+        if request.serving_only:
+            self._must_serve(replica)
+        view = replica.view
         limit = min(max(request.limit, 1), LIST_LIMIT_MAX)
         rows, more = await self._env.run_blocking(
             lambda: replica.store.list(request.start, request.stop, limit, request.verify)
         )
+        if request.serving_only:
+            self._must_serve(replica)
+            if replica.view != view:
+                raise EmberfsError(Code.CHAIN_VERSION, "the chain has changed meanwhile")
         if replica.state.serves:
             for row in rows:
                 if row.damaged:
                     self._repairer.damaged(replica, row.chunk)
+        if request.with_writers:
+            rows = [_with_writers(replica, row) for row in rows]
         return LIST.encode_answer(ListAnswer(tuple(rows), more))
+
+    def _must_serve(self, replica: TargetReplica) -> None:
+        self._fenced()
+        if not replica.state.serves:
+            raise EmberfsError(Code.NOT_SERVING, f"target {replica.target} does not serve")
 
     async def sync(self, call: ServerCall) -> bytes:
         """The handler of SYNC: how our own recovery goes."""
@@ -255,7 +290,9 @@ class StorageService:
         if view.public != PublicState.SYNCING:
             text = f"target {request.target} is {view.public.name}, not SYNCING"
             raise EmberfsError(Code.NOT_SERVING, text)
-        hosted.sync_progress = (request.done_bytes, request.total_bytes)
+        if request.done or replica.state.completed_version != request.chain_version:
+            hosted.sync = request
+        replica.settle(SyncHeard(request.chain_version, request.problem))
         if request.done:
             # What was received may be acknowledged to nobody as stable before it is.
             await replica.flush()
@@ -275,6 +312,13 @@ def checked_chunk(chunk: bytes) -> ChunkId:
     if len(chunk) != CHUNK_ID_BYTES:
         raise EmberfsError(Code.MALFORMED, f"a chunk id of {len(chunk)} bytes")
     return ChunkId(bytes(chunk))
+
+
+def _with_writers(replica: TargetReplica, row: ChunkRow) -> ChunkRow:
+    state = replica.store.state(ChunkId(row.chunk))
+    if state is None or state.version != row.version:
+        return row
+    return msgspec.structs.replace(row, remembered=state.remembered)
 
 
 def check_update(request: UpdateRequest, source: Slice | None) -> None:

@@ -1,6 +1,6 @@
 """What replication needs of a chunk store: chunks.ChunkStore, or a fake of it in tests."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from emberfs.proto.ids import ChunkId
@@ -76,6 +76,7 @@ class Store(Protocol):
         chunk_bytes: int,
         remembered: tuple[RememberedWrite, ...],
         replace_exists: bool = True,
+        checksums: bytes = b"",
     ) -> None:
         """Write a pending version."""
         ...
@@ -92,6 +93,7 @@ class Store(Protocol):
         chunk_bytes: int,
         remembered: tuple[RememberedWrite, ...],
         replace_exists: bool = True,
+        checksums: bytes = b"",
     ) -> None:
         """Write a committed version in one batch."""
         ...
@@ -114,6 +116,19 @@ class Store(Protocol):
         self, chunk: ChunkId, *, version: int, offset: int, length: int, sink: memoryview
     ) -> ReadOutcome | None:
         """Read without blocking, or return None."""
+        ...
+
+    def read_damaged(self, chunk: ChunkId, *, version: int, sink: memoryview) -> bytes:
+        """Read a whole version unverified and return its checksums. Blocks."""
+        ...
+
+    def verify(self, chunk: ChunkId, *, from_disk: bool = False) -> bool:
+        """Compare the committed version with its checksums. Blocks."""
+        ...
+
+    @property
+    def damaged(self) -> Collection[ChunkId]:
+        """Chunks whose committed content is known not to verify."""
         ...
 
     def flush(self) -> None:

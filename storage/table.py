@@ -54,6 +54,7 @@ from emberfs.storage.records import (
 )
 from emberfs.storage.redo import Overlay, RedoLog, units_of
 
+PENDING = -1  # as a version: the pending one, whose number a replacement may share
 _CACHE_BYTES = 24 * MiB
 _ROW_OVERHEAD_BYTES = 400
 
@@ -144,13 +145,15 @@ class ChunkTable:
             self._cache_bytes -= _row_bytes(self._cache.pop(chunk))
 
     def view(self, chunk: ChunkId, version: int, record: ChunkRecord | None) -> View | None:
-        """Return how to read a version (0: the committed one); None when it is "absent".
+        """Return how to read a version (0: the committed one, PENDING); None when it is "absent".
 
         Raises VERSION_GAP for a version that is neither committed nor pending.
         """
+        pending = self.pending.get(chunk)
+        if version == PENDING and pending is not None:
+            return self.pending_view(pending, record)
         if version == 0 or (record is not None and record.version == version):
             return self.view_of(record) if record is not None else None
-        pending = self.pending.get(chunk)
         if pending is not None and pending.record.version == version:
             return self.pending_view(pending, record)
         with self.lock:  # it may have been committed between the two looks

@@ -11,6 +11,12 @@
     SyncCompleted                ONLINE, SYNCING   UPTODATE
     Opened, directory was empty  -                 as before, but never ONLINE while LASTSRV
     DiskFailed                   any               FAILED: OFFLINE with its reason, for good
+    Ticked                       ONLINE, SYNCING   RESTING, if the recovery has not advanced for
+                                                   STALL_NS: reported OFFLINE, so that the chain
+                                                   goes on without us
+    Withdrew                     ONLINE, UPTODATE  RESTING: what we hold must not go further
+    Ticked                       RESTING           ONLINE, once the chain relies on us no more and
+                                                   the rest is over: to be filled again
 
 A process that was killed and comes back while the chain still has it as SERVING may go on: chains
 commit only what every writable member has, so nothing was committed without it. After a power cut,
@@ -22,8 +28,12 @@ from enum import IntEnum
 import msgspec
 
 from emberfs.proto.cluster import LocalState, PublicState
-from emberfs.proto.ids import ChainVersion, TargetId
+from emberfs.proto.ids import SECOND, ChainVersion, TargetId
 from emberfs.storage.view import View, absent_view
+
+STALL_NS = 30 * SECOND  # without any progress of our recovery
+REST_FIRST_NS = 5 * SECOND  # before the next attempt; doubles with each in a row
+REST_MAX_NS = 60 * SECOND
 
 
 class Opened(msgspec.Struct, frozen=True, gc=False):
@@ -45,13 +55,30 @@ class SyncCompleted(msgspec.Struct, frozen=True, gc=False):
     chain_version: ChainVersion
 
 
+class SyncHeard(msgspec.Struct, frozen=True, gc=False):
+    """The predecessor tells how our recovery goes; `problem`: why it does not advance."""
+
+    chain_version: ChainVersion
+    problem: str
+
+
+class Withdrew(msgspec.Struct, frozen=True, gc=False):
+    """Leave the chain for a while: another serving replica has what we have lost."""
+
+    reason: str
+
+
+class Ticked(msgspec.Struct, frozen=True, gc=False):
+    """Time has passed: about once a second."""
+
+
 class DiskFailed(msgspec.Struct, frozen=True, gc=False):
     """The store cannot be opened or trusted any more."""
 
     reason: str
 
 
-Event = Opened | RoutingChanged | SyncCompleted | DiskFailed
+Event = Opened | RoutingChanged | SyncCompleted | SyncHeard | Withdrew | Ticked | DiskFailed
 
 
 class ViewChanged(msgspec.Struct, frozen=True, gc=False):
@@ -79,6 +106,7 @@ class Condition(IntEnum):
     ONLINE = 2
     UPTODATE = 3
     FAILED = 4
+    RESTING = 5
 
 
 _LOCAL = {
@@ -87,6 +115,7 @@ _LOCAL = {
     Condition.ONLINE: LocalState.ONLINE,
     Condition.UPTODATE: LocalState.UPTODATE,
     Condition.FAILED: LocalState.OFFLINE,
+    Condition.RESTING: LocalState.OFFLINE,
 }
 _REASON = {
     Condition.CLOSED: "opening",
@@ -107,6 +136,10 @@ class TargetState:
         self.completed_version = ChainVersion(0)  # chain version of the last SyncCompleted
         self._failure = ""
         self._blank = False
+        self._advanced_ns = 0  # when our recovery was last known to advance
+        self._problem = ""  # what hinders it, as the predecessor says
+        self._rests = 0  # in a row
+        self._rest_until_ns = 0
 
     @property
     def local(self) -> LocalState:
@@ -118,7 +151,14 @@ class TargetState:
         """Why we are OFFLINE, in words; empty otherwise."""
         if self._blank and self.published.public == PublicState.LASTSRV:
             return _LOST
-        return self._failure or _REASON.get(self.condition, "")
+        if self.condition in (Condition.FAILED, Condition.RESTING):
+            return self._failure
+        return _REASON.get(self.condition, "")
+
+    @property
+    def sync_problem(self) -> str:
+        """Why our recovery does not advance; empty while it does."""
+        return self._problem if self.published.public == PublicState.SYNCING else ""
 
     @property
     def serves(self) -> bool:
@@ -135,15 +175,48 @@ class TargetState:
                     self._blank = event.blank
                     self.condition = Condition.DISTRUSTED if doubtful else Condition.ONLINE
             case RoutingChanged():
+                if event.view != self.published:
+                    self._advanced_ns, self._problem = now_ns, ""
                 self.published = event.view
             case SyncCompleted():
                 if event.chain_version == self.published.chain_version:
                     self.completed_version = event.chain_version
+                    self._rests = 0
+            case SyncHeard():
+                self._hear(event, now_ns)
+            case Withdrew():
+                if before in (Condition.ONLINE, Condition.UPTODATE):
+                    self._rest(event.reason, now_ns)
+            case Ticked():
+                self._tick(now_ns)
             case DiskFailed():
                 if before != Condition.FAILED:
                     self.condition, self._failure = Condition.FAILED, event.reason
         self.condition = self._settle(self.condition)
         return self._effects(before)
+
+    def _hear(self, event: SyncHeard, now_ns: int) -> None:
+        if event.chain_version == self.published.chain_version:
+            self._problem = event.problem
+            if not event.problem:
+                self._advanced_ns = now_ns
+
+    def _tick(self, now_ns: int) -> None:
+        public = self.published.public
+        filling = self.condition == Condition.ONLINE and public == PublicState.SYNCING
+        if filling and now_ns - self._advanced_ns >= STALL_NS:
+            why = self._problem or "nobody has sent anything"
+            self._rest(f"its recovery does not advance: {why}", now_ns)
+        rested = public not in _RELIES_ON_US and now_ns >= self._rest_until_ns
+        if self.condition == Condition.RESTING and rested:
+            self.condition = Condition.ONLINE
+
+    def _rest(self, reason: str, now_ns: int) -> None:
+        rest_ns = min(REST_FIRST_NS << min(self._rests, 8), REST_MAX_NS)
+        self._rests += 1
+        self._rest_until_ns = now_ns + rest_ns
+        self._failure = f"{reason}; tries again in {rest_ns // SECOND} s"
+        self.condition = Condition.RESTING
 
     def _settle(self, condition: Condition) -> Condition:
         public, version = self.published.public, self.published.chain_version

@@ -19,6 +19,7 @@ from emberfs.storage.allocator import NO_BLOCK, block_bytes, class_for
 from emberfs.storage.blocks import BlockFiles
 from emberfs.storage.content import Outcome, View, read_view, stream_checksums, zeros
 from emberfs.storage.records import (
+    CHECKSUM_BYTES,
     NO_TRIM,
     UNIT_BYTES,
     ChunkRecord,
@@ -43,6 +44,7 @@ class Update(NamedTuple):
     chunk_bytes: int
     remembered: tuple[RememberedWrite, ...]
     exists: bool
+    checksums: bytes = b""  # REPLACE: of what damaged content should be
 
 
 class Span(NamedTuple):
@@ -66,6 +68,8 @@ def check_update(update: Update) -> None:
         wanted = 0
     if len(data) != wanted:
         raise EmberfsError(Code.INVALID, f"{len(data)} bytes of data for {wanted} declared")
+    if update.checksums and len(update.checksums) != count_of(update.length) * CHECKSUM_BYTES:
+        raise EmberfsError(Code.INVALID, "the checksums do not fit the length")
     if update.offset < 0 or update.length < 0 or update.version < 1:
         raise EmberfsError(Code.INVALID, "negative offset or length, or no version")
     if not 0 < update.chunk_bytes <= CHUNK_BYTES_MAX:
@@ -161,7 +165,7 @@ class Preparer:
                 self._content(chunk, record, span.stop, merged[span.stop :])
             checksums = crc32c_blocks(merged, grain)
             views = [merged]
-        return self._fresh(update, length, checksums, views)
+        return self._fresh(update, length, update.checksums or checksums, views)
 
     def _fresh(
         self, update: Update, length: int, checksums: bytes, views: list[memoryview]

@@ -49,8 +49,11 @@ PURE = {
     "storage.craq",
     "storage.readrule",
     "storage.records",
+    "storage.progress",
     "storage.redo",
+    "storage.remembering",
     "storage.resync",
+    "storage.scrubplan",
     "storage.target",
     "storage.view",
 }

@@ -13,12 +13,12 @@ from emberfs.deploy import doctor, processes
 from emberfs.deploy.local_cluster import bring_up
 from emberfs.deploy.plan import Plan, load_plan, service_settings, write_plan
 from emberfs.deploy.processes import Process
-from emberfs.deploy.status import recovery_note, size
+from emberfs.deploy.status import duration, size, target_note
 from emberfs.meta.server import MetaConfig
 from emberfs.mgmtd.server import MgmtdConfig
-from emberfs.proto.cluster import PublicState
+from emberfs.proto.cluster import LocalState, PublicState, TargetReport
 from emberfs.proto.errors import EmberfsError
-from emberfs.proto.ids import MiB
+from emberfs.proto.ids import ChainVersion, MiB, TargetId
 from emberfs.runtime.config import load_config
 from emberfs.runtime.real import RealEnv
 from emberfs.storage.server import StorageConfig
@@ -111,9 +111,25 @@ def test_doctor_names_a_taken_port_and_a_missing_package(
 
 
 def test_recovery_is_shown_with_progress() -> None:
-    assert recovery_note(PublicState.SYNCING, 3 * MiB, 12 * MiB) == "recovery 25 % of 12 MiB"
-    assert recovery_note(PublicState.SYNCING, 0, 0) == "recovery begins"
-    assert recovery_note(PublicState.SERVING, 3, 12) == ""
+    report = TargetReport(TargetId(301), LocalState.ONLINE, ChainVersion(4), 0, 0)
+    assert target_note(PublicState.SYNCING, report) == "recovery begins"
+    assert target_note(PublicState.SERVING, report) == ""
+    running = msgspec.structs.replace(
+        report,
+        sync_done_bytes=3 * MiB,
+        sync_total_bytes=12 * MiB,
+        sync_done_chunks=2,
+        sync_total_chunks=9,
+        sync_bytes_per_s=2 * MiB,
+        sync_source=TargetId(101),
+    )
+    text = "recovery from 101 25 %: 2 of 9 chunks, 3.0 MiB of 12.0 MiB"
+    assert target_note(PublicState.SYNCING, running) == f"{text}, 2.0 MiB/s, 5 s left"
+    stuck = msgspec.structs.replace(running, sync_bytes_per_s=0, sync_problem="no route")
+    assert target_note(PublicState.SYNCING, stuck) == f"{text}, does not advance: no route"
+    hurt = msgspec.structs.replace(report, damaged_chunks=2, scrub_findings=3)
+    assert "2 damaged chunks" in target_note(PublicState.SERVING, hurt)
+    assert [duration(5), duration(150), duration(9000)] == ["5 s", "2 min", "2 h"]
 
 
 def test_sizes_for_people() -> None:

@@ -8,8 +8,9 @@ from emberfs.proto.ids import ChainId, ChainVersion, ChunkId, TargetId
 from emberfs.proto.storage_calls import RememberedWrite, UpdateKind, UpdateRequest, WriteTag
 from emberfs.storage import chunk_events as ev
 from emberfs.storage.chunks import ChunkState, PendingState
-from emberfs.storage.craq import REMEMBERED_MAX, ChunkMachine, recall, remember
+from emberfs.storage.craq import ChunkMachine
 from emberfs.storage.readrule import ABSENT, AGAIN, ReadPlan, plan_read, settle_read
+from emberfs.storage.remembering import REMEMBERED_MAX, recall, remember
 from emberfs.storage.view import NOBODY, View
 
 ME, NEXT, TAIL = TargetId(1), TargetId(2), TargetId(3)
@@ -271,6 +272,47 @@ def test_a_damaged_chunk_is_repaired_before_the_update_at_the_head() -> None:
     assert kinds(machine.handle(ev.Repaired(state(4), True, ""), 0)) == ["Prepare"]
     (reply,) = machine.handle(broken, 0)
     assert reply.code == Code.CHECKSUM
+
+
+def test_r1_an_equal_version_is_replaced_by_what_the_predecessor_has() -> None:
+    """Whatever a replica holds at the same version, the predecessor's content takes its place."""
+    same = state(5, None, (RememberedWrite(9, 1, 1, 5),))
+    for have in (same, state(4, waiting(5, client=8)), state(5, waiting(6, client=8))):
+        machine = ChunkMachine(view(head=False, successor=NOBODY), have)
+        prepare = arrive(machine, request(REPLACE, version=5))[-1]
+        assert isinstance(prepare, ev.Prepare)
+        assert (prepare.version, prepare.commit) == (5, True)
+
+
+@pytest.mark.parametrize("version", [1, 5, 9])
+def test_r2_a_successor_that_is_ahead_takes_the_older_content(version: int) -> None:
+    """A target in recovery takes what its predecessor has, also when it is older than its own."""
+    seen = view(public=PublicState.SYNCING, head=False, successor=NOBODY)
+    machine = ChunkMachine(seen, state(8, waiting(9)))
+    prepare = arrive(machine, request(REPLACE, version=version))[-1]
+    assert isinstance(prepare, ev.Prepare)
+    assert prepare.version == version
+
+
+def test_r3_a_change_for_a_chain_that_became_syncing_meanwhile_is_sent_whole() -> None:
+    """An update that was under way when the successor became SYNCING reaches it in full."""
+    for kind in (WRITE, UpdateKind.TRUNCATE, REMOVE):
+        machine = ChunkMachine(view(), state(4))
+        arrive(machine, request(kind))
+        machine.handle(ev.Prepared(state(4, waiting(5, kind))), 0)
+        syncing = view(2, successor=TargetId(7), syncing=True, tail=ME)
+        forward = machine.handle(ev.RoutingChanged(syncing), 0)[-1]
+        assert isinstance(forward, ev.Forward)
+        assert forward.whole
+
+
+def test_c10_a_late_duplicate_that_fits_a_chunk_written_anew_is_refused() -> None:
+    """Versions begin anew after a removal: the number alone does not admit an old update."""
+    newer = (RememberedWrite(9, 1, 12, 4),)
+    hop = ChunkMachine(view(head=False), state(4, None, newer))
+    (reply,) = arrive(hop, request(sequence=7, version=5))
+    assert reply.code == Code.VERSION_GAP
+    assert kinds(arrive(hop, request(sequence=13, version=5))) == ["Prepare"]
 
 
 def test_remembered_is_bounded_and_keeps_the_newest() -> None:

@@ -52,6 +52,7 @@ from emberfs.proto.storage_calls import (
 from emberfs.runtime.checksum import crc32c
 from emberfs.runtime.real import RealEnv
 from emberfs.storage.hosted import HostedTarget
+from emberfs.storage.scrub import ScrubSettings
 from emberfs.storage.service import StorageService
 
 CHUNK_BYTES = 1 << 20
@@ -89,6 +90,7 @@ class NodeUnderTest:
         self.path = path
         self.lease = True
         self.reports = 0
+        self.scrub = ScrubSettings()
 
     async def start(self, endpoint: str, snapshot: RoutingSnapshot | None = None) -> str:
         self.peers = PeerPool(self.env)
@@ -102,6 +104,7 @@ class NodeUnderTest:
             {self.target: self.hosted},
             lease_ok=lambda: self.lease,
             report_now=self.reported,
+            scrub=self.scrub,
         )
         self.server = Server(self.env, self.service.handlers, name=f"node {self.id}")
         endpoint = await self.server.listen(endpoint)
