@@ -1,0 +1,198 @@
+"""Check chain.pml with spin: the protocol is clean within its bounds, every mutation is caught.
+
+    python tests/model/run.py ci       bounded, well under a minute of one core
+    python tests/model/run.py full     the exhaustive bounds of the README, minutes
+    python tests/model/run.py find DEFINE...   one search; prints the trace of what it finds
+
+Prints a line per search: states, depth, memory, seconds. Exit code 1 when anything is not as it should be.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "chain.pml"
+MEMORY_MIB = {"ci": 1900, "full": 12000, "find": 12000}
+DEPTH_MAX = 100_000
+LIMIT_S = 1800
+
+
+@dataclass(frozen=True)
+class Case:
+    """One search."""
+
+    name: str
+    defines: tuple[str, ...]
+    holds: bool = True
+    acyclic: bool = False  # also: no run goes on for ever
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search says."""
+
+    violation: str
+    complete: bool
+    states: int
+    depth: int
+    memory_mib: float
+    seconds: float
+
+
+def bound(*, acyclic: bool = False, **limits: int) -> Case:
+    """A search of the unchanged protocol; without limits there are no faults."""
+    defines = tuple(f"{key.upper()}={value}" for key, value in {"crashes": 0, **limits}.items())
+    if acyclic:
+        defines += ("NO_READS",)
+    return Case("protocol" + (", ends" if acyclic else ""), defines, acyclic=acyclic)
+
+
+CLEAN_CI = (
+    bound(crashes=1, writes=1),
+    bound(cuts=1, writes=2),
+    bound(timeouts=1, writes=2, writers=2),
+    bound(crashes=1, writes=2, acyclic=True),
+    bound(cuts=1, writes=2, acyclic=True),
+)
+CLEAN_FULL = (
+    bound(crashes=1, writes=2),
+    bound(crashes=1, writes=2, writers=2),
+    bound(cuts=1, writes=2, writers=2),
+    bound(cuts=1, timeouts=1, giveups=1, writes=2),
+    bound(crashes=1, timeouts=1, writes=1),
+    bound(crashes=1, cuts=1, writes=1),
+    bound(crashes=2, writes=1),
+    bound(crashes=2, writes=1, acyclic=True),
+    bound(crashes=1, cuts=1, writes=1, acyclic=True),
+)
+
+
+def broken(name: str, *, acyclic: bool = False, **limits: int) -> Case:
+    """A search of the protocol with a fault put in, which must be found."""
+    case = bound(acyclic=acyclic, **limits)
+    return Case(name, (name, *case.defines), holds=False, acyclic=acyclic)
+
+
+MUTATIONS = (
+    broken("MUT_SKIP_TAIL_QUERY", writes=1),
+    broken("MUT_COMMIT_FIRST", writes=1),
+    broken("MUT_ACK_EARLY", crashes=1, writes=1),
+    broken("MUT_FORGET_SEQUENCE", crashes=1, timeouts=1, writes=1),
+    broken("MUT_NO_DEDUPE", timeouts=1, writes=1),
+    broken("MUT_NO_SUPERSEDE", giveups=1, writes=2),
+    broken("MUT_IGNORE_CHAIN_VERSION", cuts=1, writes=2),
+    broken("MUT_SERVE_AFTER_LEASE", cuts=1, writes=1),
+    broken("MUT_NO_NEEDS_VERSION", cuts=1, writes=1),
+    broken("MUT_BURY_EARLY", cuts=1, writes=1),
+    broken("MUT_LASTSRV_ALWAYS", crashes=2, writes=1),
+    broken("MUT_REVIVE_INCOMPLETE", crashes=3, writes=1),
+    broken("MUT_SKIP_SYNCING", crashes=1, writes=1),
+    broken("MUT_NOT_SETTLED", crashes=1, writes=1),
+    broken("MUT_UPTODATE_ANY_VERSION", crashes=2, writes=1),
+    broken("MUT_AS_SERVING", cuts=1, writes=1),
+    broken("MUT_NO_REPLACE_ORDER", crashes=1, timeouts=1, writes=1),
+    broken("MUT_TAIL_DOES_NOT_WAIT", crashes=1, writes=1),
+    broken("MUT_NO_LEFTOVERS", crashes=1, writes=1, acyclic=True),
+)
+# Real faults that the model found in the product; see README.md. The model has them mended.
+FINDINGS = (
+    broken("BUG_SUCCESSOR_UNSETTLED", crashes=1, writes=1),
+    broken("BUG_DISCARD_FIRST", crashes=2, writes=1),
+    broken("BUG_TOKEN_PER_LIFE", crashes=2, writes=2),
+)
+CASES = {"ci": (*CLEAN_CI, *FINDINGS, *MUTATIONS), "full": (*CLEAN_FULL, *FINDINGS, *MUTATIONS)}
+
+
+def search(case: Case, memory_mib: int, where: Path) -> Found:
+    """Run one search in the directory `where`. CalledProcessError when the model does not compile."""
+    (where / "chain.pml").write_bytes(MODEL.read_bytes())
+    defines = [f"-D{define}" for define in case.defines]
+    _run(["spin", "-a", *defines, "chain.pml"], where)
+    mode = ["-DNP", "-DNOREDUCE"] if case.acyclic else ["-DSAFETY", "-DNOREDUCE"]
+    options = ["-DNOCLAIM", "-DVECTORSZ=2048", "-DCOLLAPSE", f"-DMEMLIM={memory_mib}"]
+    _run(["gcc", "-O2", "-w", *mode, *options, "-o", "pan", "pan.c"], where)
+    started = time.monotonic()
+    pan = ["./pan", f"-m{DEPTH_MAX}", *(["-l"] if case.acyclic else [])]
+    text = subprocess.run(pan, cwd=where, capture_output=True, text=True, timeout=LIMIT_S).stdout
+    return _read(text, time.monotonic() - started)
+
+
+def _run(command: list[str], where: Path) -> None:
+    subprocess.run(command, cwd=where, check=True, capture_output=True, text=True, timeout=LIMIT_S)
+
+
+def _read(text: str, seconds: float) -> Found:
+    violation = re.search(r"^pan:\d+: (.*)\(at depth", text, re.MULTILINE)
+    states = re.search(r"^\s*(\d+) states, stored", text, re.MULTILINE)
+    depth = re.search(r"depth reached (\d+), errors: (\d+)", text)
+    memory = re.search(r"([\d.]+)\s+total actual memory", text)
+    cut_short = "max search depth too small" in text or "reached memory limit" in text
+    complete = depth is not None and not cut_short and "Search not completed" not in text
+    return Found(
+        violation=violation[1].strip() if violation else "",
+        complete=complete,
+        states=int(states[1]) if states else 0,
+        depth=int(depth[1]) if depth else 0,
+        memory_mib=float(memory[1]) if memory else 0.0,
+        seconds=seconds,
+    )
+
+
+def report(case: Case, found: Found) -> bool:
+    """Print one line; tell whether it is as it should be."""
+    right = not found.violation and found.complete if case.holds else bool(found.violation)
+    outcome = "violated" if found.violation else "clean" if found.complete else "NOT COMPLETE"
+    bounds = " ".join(define for define in case.defines if "=" in define).lower()
+    print(
+        f"{'ok ' if right else 'BAD'} {case.name:25} {outcome:9} {found.states:10,} states"
+        f" depth {found.depth:5} {found.memory_mib:6.0f} MiB {found.seconds:6.1f} s  {bounds}",
+        flush=True,
+    )
+    return right
+
+
+def main(arguments: list[str]) -> int:
+    """Run a tier, or one search."""
+    tier, *defines = arguments or ["ci"]
+    if tier == "find":
+        case = Case("find", tuple(defines))
+        with tempfile.TemporaryDirectory() as where:
+            found = search(case, MEMORY_MIB[tier], Path(where))
+            right = report(case, found)
+            if found.violation:
+                show(case, Path(where))
+        return not right
+    wrong = 0
+    for case in CASES[tier]:
+        with tempfile.TemporaryDirectory() as where:
+            wrong += not report(case, search(case, MEMORY_MIB[tier], Path(where)))
+    print(f"{len(CASES[tier])} searches, {wrong} not as they should be")
+    return min(wrong, 1)
+
+
+def show(case: Case, where: Path) -> None:
+    """Print the trace of what was found: each step and what it changed."""
+    lines = (where / "chain.pml").read_text().split("\n")
+    command = ["spin", "-t", "-p", "-g", "-w", *(f"-D{d}" for d in case.defines), "chain.pml"]
+    text = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=LIMIT_S)
+    state: dict[str, str] = {}
+    before: dict[str, str] = {}
+    last = ("", 0)
+    for line in text.stdout.split("\n"):
+        step = re.match(r"\s*(\d+):\s+proc\s+(\d+) \((\w+):\d+\) \S+:(\d+)", line)
+        value = re.match(r"\s+(\S+) = (\S+)\s*$", line)
+        if step and (step[1], int(step[4])) != last and ":: " in lines[int(step[4]) - 1]:
+            if "d_step" in lines[int(step[4]) - 1]:
+                print("     ", *(f"{k}={v}" for k, v in state.items() if before.get(k) != v))
+                before, last = dict(state), (step[1], int(step[4]))
+                print(f"{step[1]:>4} {step[3]}: {lines[int(step[4]) - 1].strip()}")
+        elif value and re.match(r"[a-z_]{2,}", value[1]) and not value[1].endswith("_"):
+            state[value[1]] = value[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
