@@ -291,6 +291,29 @@ class Metadata:
         """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""
         await self._call(calls.STABLE, calls.StableRequest())
 
+    # ------------------------------------------------------------ for fsck
+
+    async def scan_records(
+        self, start: bytes, stop: bytes, limit: int, *, values: bool = True
+    ) -> calls.ScanRecordsAnswer:
+        """A page of stored records of [start, stop)."""
+        request = calls.ScanRecordsRequest(start=start, stop=stop, limit=limit, values=values)
+        return await self._call(calls.SCAN_RECORDS, request)
+
+    async def fetch_records(self, keys: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
+        """Stored records by key."""
+        request = calls.FetchRecordsRequest(keys=keys)
+        return (await self._call(calls.FETCH_RECORDS, request)).values
+
+    async def census(self) -> calls.CensusAnswer:
+        """Count inodes and look for sessions that should have ended."""
+        return await self._call(calls.CENSUS, calls.CensusRequest())
+
+    async def mend(self, mend: calls.Mend) -> None:
+        """Perform one repair of the metadata. STALE if what was seen has changed."""
+        request = calls.MendRequest(request=self._request_id(), mend=mend)
+        await self._call(calls.MEND, request)
+
     # ------------------------------------------------------------ one call
 
     def _request_id(self) -> RequestId:

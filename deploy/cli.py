@@ -1,6 +1,7 @@
 """The command `emberfs`."""
 
 import asyncio
+import os
 import shutil
 import sys
 from collections.abc import Coroutine
@@ -15,11 +16,11 @@ from emberfs.client.cluster import Cluster
 from emberfs.client.control import Control
 from emberfs.deploy import doctor as doctor_checks
 from emberfs.deploy import local_cluster, processes
-from emberfs.deploy.fsck import Fsck
+from emberfs.deploy.fsck import GRACE_NS, Options, Report, check
 from emberfs.deploy.plan import Plan, load_plan, write_plan
 from emberfs.deploy.status import console, show, size
-from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import SECOND
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.ids import SECOND, TargetId
 from emberfs.runtime.real import RealEnv
 from emberfs.runtime.service import explain
 
@@ -221,14 +222,59 @@ def doctor(directory: Directory = HERE) -> None:
 
 @app.command()
 def fsck(
+    path: Annotated[str, typer.Argument(help="only this file or subtree (default: all)")] = "",
     directory: Directory = HERE,
     verify: Annotated[bool, typer.Option(help="read all data and compare its checksums")] = True,
+    repair: Annotated[bool, typer.Option("--repair", help="mend what is found")] = False,
+    grace: Annotated[
+        float, typer.Option(help="seconds that chunks without a file stay before --repair")
+    ] = GRACE_NS / SECOND,
+    trust: Annotated[
+        int, typer.Option(help="target that is right where replicas differ and none is newer")
+    ] = 0,
 ) -> None:
-    """Prove that replicas are equal, data is sound and every block has one owner."""
-    perform(_fsck(plan_of(directory), verify=verify))
+    """Check names, link counts, chunks, replicas and blocks of a running cluster.
+
+    Without --repair nothing is changed; with it every change is printed first. What is mended: link
+    counts and counters; names that lead nowhere (dropped); inodes without a name (attached under
+    /lost+found as #inode); replicas that differ or are damaged (replaced from a good one); chunks
+    without a file (removed).
+
+    Exit status: 0 clean (or everything mended), 1 findings are left, 2 it could not check.
+    """
+    try:
+        plan = plan_of(directory)
+    except SystemExit:
+        raise SystemExit(2) from None
+    options = Options(
+        path=_inside(plan, path),
+        verify=verify,
+        repair=repair,
+        trusted=TargetId(trust) if trust else None,
+        grace_ns=int(grace * SECOND),
+    )
+    try:
+        report = asyncio.run(_fsck(plan, options))
+    except (EmberfsError, OSError) as problem:
+        print(f"emberfs: could not check: {explain(problem)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if report.findings:
+        print(f"emberfs: fsck leaves {len(report.findings)} findings", file=sys.stderr)
+        raise SystemExit(1)
+    files = f"{report.inodes} inodes, " if report.inodes else ""
+    say(f"clean: {files}{report.chunks} chunks, {size(report.bytes)}, all replicas byte-equal")
 
 
-async def _fsck(plan: Plan, *, verify: bool) -> None:
+def _inside(plan: Plan, path: str) -> bytes:
+    """Return a path of the file system; one under the mount point may be given too."""
+    mountpoint = Path(plan.mountpoint)
+    place = Path(path).absolute()
+    if path and place.is_relative_to(mountpoint):
+        path = "/" + str(place.relative_to(mountpoint))
+    return os.fsencode(path)
+
+
+async def _fsck(plan: Plan, options: Options) -> Report:
     cluster = await Cluster.open(
         RealEnv(),
         (plan.mgmtd_address,),
@@ -237,14 +283,9 @@ async def _fsck(plan: Plan, *, verify: bool) -> None:
         timeout_ns=CONNECT_TIMEOUT_NS,
     )
     try:
-        report = await Fsck(cluster, say, verify=verify).run()
+        return await check(cluster, say, options)
     finally:
         await cluster.close()
-    for finding in report.findings:
-        say(finding)
-    if report.findings:
-        raise EmberfsError(Code.CHECKSUM, f"fsck found {len(report.findings)} problems")
-    say(f"clean: {report.chunks} chunks, {size(report.bytes)}, all replicas byte-equal")
 
 
 def main() -> None:

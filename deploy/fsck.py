@@ -1,159 +1,200 @@
-"""`emberfs fsck`: prove that replicas are equal, that data matches its checksums, that no block is
-owned twice or leaked, and that every chunk belongs to a file.
+"""`emberfs fsck`: metadata in itself, chunks against metadata, replicas against each other, blocks.
 
-It reads a living cluster. A chunk that differs because a write is passing through is looked at
-again, a few times, before it counts as a finding.
+It reads a living cluster: what one look finds is believed when a later one finds the same with the
+same evidence. Nothing is changed without `repair`. Rounds of repair follow each other, because one
+repair may lay open the next thing (a name dropped, its inode found without names).
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from emberfs.client.cluster import Cluster
-from emberfs.proto.cluster import Chain, ChainTarget
-from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import MS, SECOND, ChunkId, InodeId, unpack_chunk_id
-from emberfs.proto.method import Answer, Method, Request
-from emberfs.proto.storage_calls import (
-    FSCK,
-    LIST,
-    ChunkRow,
-    FsckRequest,
-    ListRequest,
-)
+from emberfs.deploy.fsck_chunks import ChunkCheck, ChunkFinding
+from emberfs.deploy.fsck_mend import Mender, MendingRecords, MendingStores
+from emberfs.deploy.fsck_owners import Owners, file_ranges
+from emberfs.deploy.fsck_records import RecordCheck
+from emberfs.deploy.fsck_stores import ClusterStores
+from emberfs.deploy.fsck_tree import walk
+from emberfs.meta.check import Finding
+from emberfs.proto.cluster import Chain, PublicState
+from emberfs.proto.files import Inode
+from emberfs.proto.ids import SECOND, TargetId
+from emberfs.proto.meta_calls import Caller
+from emberfs.runtime.env import Env
 
-CALL_TIMEOUT_NS = 60 * SECOND
-PAGE_ROWS = 1000
-LOOKS = 5
-PAUSE_NS = 300 * MS
+PAUSE_NS = 2 * SECOND  # between the first and the second look
+GRACE_NS = 60 * SECOND  # chunks without owner stay at least this long
+ROUNDS_MAX = 5
+ROOT = Caller(uid=0, gid=0)
 
 Say = Callable[[str], None]
 
 
+class Options(NamedTuple):
+    """What is asked for."""
+
+    path: bytes = b""  # only this subtree; b"" for everything
+    verify: bool = True  # read all data and compare its checksums
+    repair: bool = False
+    trusted: TargetId | None = None  # decides where versions are equal and contents are not
+    grace_ns: int = GRACE_NS
+    pause_ns: int = PAUSE_NS
+
+
 class Report(NamedTuple):
-    """What fsck found."""
+    """What the last look found."""
 
     chunks: int
     bytes: int
-    findings: list[str]
+    inodes: int
+    findings: list[Finding | ChunkFinding]
 
 
 class Fsck:
     """One run over one cluster."""
 
-    def __init__(self, cluster: Cluster, say: Say, *, verify: bool) -> None:
-        self._cluster = cluster
+    def __init__(
+        self,
+        env: Env,
+        records: MendingRecords,
+        stores: MendingStores,
+        say: Say,
+        options: Options,
+        root: Inode | None,
+    ) -> None:
+        """`root`: the inode that `options.path` leads to, None for everything."""
+        self._env = env
+        self._records = records
+        self._stores = stores
         self._say = say
-        self._verify = verify
-        self._findings: list[str] = []
-        self._inodes: set[InodeId] = set()
+        self._options = options
+        self._root = root
+        self._mender = Mender(env, records, stores, grace_ns=options.grace_ns)
+        self._owners = Owners(env, records, stores)
+        self._inodes = 0
 
     async def run(self) -> Report:
-        """Look at every chain, then at the files."""
-        chunks = total_bytes = 0
-        for chain in sorted(self._cluster.routing.snapshot.chains.values(), key=lambda c: c.id):
-            rows = await self._chain(chain)
-            chunks += len(rows)
-            total_bytes += sum(row.length for row in rows.values())
-            self._say(f"chain {chain.id}: {len(rows)} chunks on {len(chain.serving())} replicas")
-        await self._files()
-        return Report(chunks, total_bytes, self._findings)
+        """Look; with `repair` mend and look again, until nothing is left that can be mended."""
+        for _ in range(ROUNDS_MAX):
+            report = await self._look()
+            for finding in report.findings:
+                self._say(finding.text)
+            if not self._options.repair or not await self._repair(report):
+                break
+        return report
 
-    async def _call(
-        self, member: ChainTarget, method: Method[Request, Answer], request: Request
-    ) -> Answer:
-        node = self._cluster.routing.snapshot.nodes[member.node]
-        peer = await self._cluster.peers.get(node.endpoints)
-        reply = await peer.call(
-            method.number, method.encode_request(request), timeout_ns=CALL_TIMEOUT_NS
+    async def _repair(self, report: Report) -> bool:
+        """Mend what can be mended; tell whether anything was."""
+        mended = 0
+        for finding in report.findings:
+            if finding.mend is None:
+                continue
+            self._say(f"repair: {finding.text}: {finding.cure}")
+            problem = await self._mender.mend(finding, self._owners.first_ns)
+            if problem:
+                self._say(f"  not done: {problem}")
+            else:
+                mended += 1
+        if mended:
+            self._say(f"{mended} repairs done; looking again")
+        return mended > 0
+
+    # ------------------------------------------------------------ one look
+
+    async def _look(self) -> Report:
+        self._owners = Owners(self._env, self._records, self._stores)
+        self._inodes = 0
+        chunks = ChunkCheck(
+            self._env,
+            self._stores,
+            verify=self._options.verify,
+            trusted=self._options.trusted,
+            on_page=self._owners.see,
+            pause_ns=self._options.pause_ns,
         )
-        return method.decode_answer(reply.body)
+        if self._root is None:
+            await self._all_chains(chunks)
+            records = await self._twice(self._all_records)
+        else:
+            await self._tree(self._root, chunks)
+            records = await self._twice(self._tree_records)
+        if self._owners.strange:
+            await self._env.sleep_ns(self._options.pause_ns)
+        strange = await self._owners.judge()
+        if chunks.busy:
+            self._say(f"{chunks.busy} chunks were written all the time and not compared")
+        findings: list[Finding | ChunkFinding] = [*records, *chunks.findings, *strange]
+        return Report(chunks.chunks, chunks.bytes, self._inodes, findings)
 
-    async def _chain(self, chain: Chain) -> dict[ChunkId, ChunkRow]:
-        """Compare the replicas of one chain; returns the head's chunks."""
-        serving = chain.serving()
-        for member in chain.targets:
-            if member not in serving:
-                self._findings.append(
-                    f"chain {chain.id}: target {member.target} is {member.state.name.lower()}"
-                )
-        replicas = {m.target: await self._rows(m, b"", b"") for m in serving}
-        for member in serving:
-            await self._blocks(member)
-        suspects = self._unequal(list(replicas.values()))
-        for chunk in sorted(suspects):
-            await self._look_again(chain, serving, chunk)
-        first = next(iter(replicas.values()), {})
-        self._inodes.update(unpack_chunk_id(chunk)[0] for chunk in first)
-        return first
+    async def _twice(self, look: Callable[[], Awaitable[list[Finding]]]) -> list[Finding]:
+        """Return what two looks find, equal in all evidence."""
+        first = await look()
+        if not first:
+            return []
+        await self._env.sleep_ns(self._options.pause_ns)
+        second = await look()
+        seen = set(first)
+        return [finding for finding in second if finding in seen]
 
-    @staticmethod
-    def _unequal(replicas: list[dict[ChunkId, ChunkRow]]) -> set[ChunkId]:
-        names: set[ChunkId] = set().union(*replicas) if replicas else set()
-        found = set()
-        for chunk in names:
-            rows = [replica.get(chunk) for replica in replicas]
-            if (
-                rows[0] is None
-                or rows[0].damaged
-                or rows[0].pending
-                or rows.count(rows[0]) < len(rows)
-            ):
-                found.add(chunk)
-        return found
+    async def _all_chains(self, chunks: ChunkCheck) -> None:
+        for chain in self._stores.chains():
+            before = chunks.chunks
+            chunks.findings += degraded(chain)
+            await chunks.range(chain)
+            for member in chain.serving():
+                await chunks.blocks(member)
+            count = chunks.chunks - before
+            self._say(f"chain {chain.id}: {count} chunks on {len(chain.serving())} replicas")
 
-    async def _look_again(
-        self, chain: Chain, serving: tuple[ChainTarget, ...], chunk: ChunkId
-    ) -> None:
-        """A passing write is gone after a moment; a difference stays."""
-        stop = ChunkId(chunk + b"\0")
-        views: list[dict[ChunkId, ChunkRow]] = []
-        for _ in range(LOOKS):
-            views = [await self._rows(member, chunk, stop) for member in serving]
-            if not self._unequal(views):
-                return
-            await self._cluster.env.sleep_ns(PAUSE_NS)
-        inode, index = unpack_chunk_id(chunk)
-        seen = "; ".join(
-            f"{member.target}: {_words(view.get(chunk))}"
-            for member, view in zip(serving, views, strict=True)
+    async def _all_records(self) -> list[Finding]:
+        look = RecordCheck(self._records)
+        findings = await look.run()
+        self._inodes = look.inodes
+        return findings
+
+    async def _tree(self, root: Inode, chunks: ChunkCheck) -> None:
+        chains = {chain.id: chain for chain in self._stores.chains()}
+        reported: set[int] = set()
+        async for step in walk(self._records, root):
+            for inode in step.files:
+                for chain, start, stop in file_ranges(inode, chains):
+                    if chain.id not in reported:
+                        reported.add(chain.id)
+                        chunks.findings += degraded(chain)
+                    await chunks.range(chain, start, stop)
+
+    async def _tree_records(self) -> list[Finding]:
+        assert self._root is not None
+        findings: list[Finding] = []
+        self._inodes = 0
+        async for step in walk(self._records, self._root):
+            findings += step.findings
+            self._inodes += len(step.files)
+        return findings
+
+
+def degraded(chain: Chain) -> list[ChunkFinding]:
+    """Replicas that do not serve: they cannot be compared, and copies are missing."""
+    return [
+        ChunkFinding(
+            f"chain {chain.id}: target {member.target} is {member.state.name.lower()}", "", None
         )
-        self._findings.append(f"chain {chain.id}: inode {inode} chunk {index} differs: {seen}")
-
-    async def _rows(
-        self, member: ChainTarget, start: bytes, stop: bytes
-    ) -> dict[ChunkId, ChunkRow]:
-        rows: dict[ChunkId, ChunkRow] = {}
-        while True:
-            request = ListRequest(
-                target=member.target, start=start, stop=stop, limit=PAGE_ROWS, verify=self._verify
-            )
-            answer = await self._call(member, LIST, request)
-            rows.update((row.chunk, row) for row in answer.rows)
-            if not answer.next:
-                return rows
-            start = answer.next
-
-    async def _blocks(self, member: ChainTarget) -> None:
-        answer = await self._call(member, FSCK, FsckRequest(target=member.target))
-        self._findings += [f"target {member.target}: {finding}" for finding in answer.findings]
-
-    async def _files(self) -> None:
-        """Chunks of inodes that no longer exist, and are not awaiting collection either."""
-        orphans = 0
-        for inode in sorted(self._inodes):
-            try:
-                await self._cluster.metadata.getattr(inode)
-            except EmberfsError as problem:
-                if problem.code != Code.NOT_FOUND:
-                    raise
-                orphans += 1
-        if orphans:
-            self._say(f"{orphans} deleted files still await the collection of their chunks")
+        for member in chain.targets
+        if member.state != PublicState.SERVING
+    ]
 
 
-def _words(row: ChunkRow | None) -> str:
-    if row is None:
-        return "absent"
-    pending = f", pending {row.pending}" if row.pending else ""
-    damaged = ", damaged" if row.damaged else ""
-    return f"version {row.version}, {row.length} bytes, digest {row.digest:08x}{pending}{damaged}"
+async def check(cluster: Cluster, say: Say, options: Options) -> Report:
+    """Run fsck on a cluster. NOT_FOUND for a path that does not exist, and what calls raise."""
+    stores = ClusterStores(cluster)
+    try:
+        root: Inode | None = None
+        if options.path:
+            root = await cluster.metadata.resolve(ROOT, options.path)
+        fsck = Fsck(cluster.env, cluster.metadata, stores, say, options, root)
+        report = await fsck.run()
+        if options.repair:
+            await cluster.metadata.stable()
+        return report
+    finally:
+        stores.close()

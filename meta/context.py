@@ -43,6 +43,7 @@ class Context:
         self.replies = Replies(env, engine)
         self.trims = Trims(env, engine, chunks)
         self.collector = Collector(env, engine, chunks, self.trims)
+        self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions
         self._tasks = TaskSet()
         self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from emberfs.fabric.call import Handler, ServerCall
-from emberfs.meta import files, namespace, rename, resolve, space, xattr
+from emberfs.meta import files, mend, namespace, records, rename, resolve, space, xattr
 from emberfs.meta.context import Context
 from emberfs.meta.metrics import ERRORS, SECONDS
 from emberfs.proto import meta_calls
@@ -40,6 +40,10 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(meta_calls.SET_XATTR, xattr.set_xattr),
     Binding(meta_calls.STATFS, space.statfs),
     Binding(meta_calls.STABLE, space.stable),
+    Binding(meta_calls.SCAN_RECORDS, records.scan),
+    Binding(meta_calls.FETCH_RECORDS, records.fetch),
+    Binding(meta_calls.CENSUS, records.census),
+    Binding(meta_calls.MEND, mend.mend),
 )
 
 

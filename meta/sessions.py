@@ -78,6 +78,11 @@ class SessionSweeper:
             self._collector.wake()
         return ended
 
+    def overdue(self) -> list[int]:
+        """Clients gone for twice the grace time and more whose sessions are still there."""
+        limit_ns = self._env.now_ns() - 2 * self._grace_ns
+        return sorted(c for c, since_ns in self._absent_since_ns.items() if since_ns < limit_ns)
+
     def _is_gone(self, client: int) -> bool:
         now_ns = self._env.now_ns()
         return now_ns - self._absent_since_ns.setdefault(client, now_ns) > self._grace_ns

@@ -4,6 +4,8 @@ Every mutating request carries a RequestId: the server remembers its reply for s
 retry after a lost reply answers the same and does nothing twice.
 """
 
+from enum import IntEnum
+
 import msgspec
 
 from emberfs.proto.bounds import I64, U32, U63, U64, BoundedInode, BoundedSession, Groups
@@ -259,6 +261,89 @@ class StableRequest(msgspec.Struct, frozen=True, gc=False):
     """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""
 
 
+# ---------------------------------------------------------------- for fsck
+
+
+class ScanRecordsRequest(msgspec.Struct, frozen=True, gc=False):
+    """A page of stored records in key order, as they are (kv/keys.py, meta/schema.py)."""
+
+    start: bytes  # inclusive
+    stop: bytes  # exclusive
+    limit: I64
+    values: bool = True  # False: keys only
+
+
+class RecordRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One stored record."""
+
+    key: bytes
+    value: bytes
+
+
+class ScanRecordsAnswer(msgspec.Struct, frozen=True, gc=False):
+    """A page of one moment; `more` tells whether the range goes on behind it."""
+
+    rows: tuple[RecordRow, ...]
+    more: bool
+
+
+class FetchRecordsRequest(msgspec.Struct, frozen=True, gc=False):
+    """Stored records by key, all of one moment."""
+
+    keys: tuple[bytes, ...]
+
+
+class FetchRecordsAnswer(msgspec.Struct, frozen=True, gc=False):
+    """Their values in the order of the keys; None for what is not there."""
+
+    values: tuple[bytes | None, ...]
+
+
+class CensusRequest(msgspec.Struct, frozen=True, gc=False):
+    """Count the inodes of one moment and compare with the counter that `df` shows."""
+
+
+class CensusAnswer(msgspec.Struct, frozen=True, gc=False):
+    """Truth and counter; and the clients whose sessions should have ended long ago."""
+
+    inodes: int
+    counter: int
+    overdue: tuple[int, ...]
+
+
+class MendKind(IntEnum):
+    """One repair of the metadata. Each is one transaction and looks again before it acts."""
+
+    DROP_ENTRY = 1  # a name that leads nowhere, lies in no directory, or is a directory's second
+    FIX_ENTRY = 2  # the type in a directory entry becomes the inode's
+    SET_LINKS = 3  # the link count becomes `number`
+    SET_PARENT = 4  # ".." of a directory becomes `parent`, which names it as `name`
+    ATTACH = 5  # under /lost+found; a name in `parent` that is part of a cycle goes
+    DESTROY = 6  # a file without names and sessions: its chunks go to the collector
+    DROP_RECORD = 7  # the record `name` (a key) that belongs to nothing
+    END_SESSION = 8  # session `number` of a client that is gone
+    SET_COUNTER = 9  # the counter of inodes becomes the truth
+    TRIM = 10  # chunks beyond the end of a file that nobody writes are cut
+
+
+class Mend(msgspec.Struct, frozen=True, gc=False):
+    """A repair and its evidence: if the record is not `expected` any more, nothing happens."""
+
+    kind: MendKind
+    inode: BoundedInode = InodeId(0)
+    parent: BoundedInode = InodeId(0)
+    name: bytes = b""
+    number: U63 = 0
+    expected: bytes = b""  # the record as it was when the damage was seen
+
+
+class MendRequest(msgspec.Struct, frozen=True, gc=False):
+    """Perform a repair. STALE if what was seen has changed: look again."""
+
+    request: RequestId
+    mend: Mend
+
+
 LOOKUP = Method(32, "lookup", LookupRequest, InodeAnswer)
 RESOLVE = Method(33, "resolve", ResolveRequest, ResolveAnswer)
 GETATTR = Method(34, "getattr", GetattrRequest, InodeAnswer)
@@ -276,3 +361,7 @@ XATTR = Method(45, "xattr", XattrRequest, XattrAnswer)
 SET_XATTR = Method(46, "set_xattr", SetXattrRequest, Nothing)
 STATFS = Method(47, "statfs", StatfsRequest, StatfsAnswer)
 STABLE = Method(48, "stable", StableRequest, Nothing)
+SCAN_RECORDS = Method(49, "scan_records", ScanRecordsRequest, ScanRecordsAnswer)
+FETCH_RECORDS = Method(50, "fetch_records", FetchRecordsRequest, FetchRecordsAnswer)
+CENSUS = Method(51, "census", CensusRequest, CensusAnswer)
+MEND = Method(52, "mend", MendRequest, Nothing)

@@ -171,6 +171,7 @@ class ListRequest(msgspec.Struct, frozen=True, gc=False):
     verify: bool = False  # read the data and compare its checksums
     serving_only: bool = False  # refuse with NOT_SERVING unless the target serves
     with_writers: bool = False  # fill in ChunkRow.remembered
+    heal: bool = True  # with verify: repair what is damaged from another replica
 
 
 class ChunkRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -227,12 +228,33 @@ class FsckAnswer(msgspec.Struct, frozen=True, gc=False):
     findings: tuple[str, ...]
 
 
+class RepairRequest(msgspec.Struct, frozen=True, gc=False):
+    """From fsck: make a target's replica of a chunk equal to another replica's.
+
+    STALE if the source does not hold this version and length, BUSY while a version is pending.
+    """
+
+    target: TargetId  # receiver
+    chain_version: ChainVersion
+    chunk: ChunkId
+    source: TargetId
+    version: int
+    length: int
+
+
+class RepairAnswer(msgspec.Struct, frozen=True, gc=False):
+    """The replica is equal now."""
+
+    version: int
+
+
 UPDATE = Method(2, "update", UpdateRequest, UpdateAnswer)
 VERSION = Method(3, "version", VersionRequest, VersionAnswer)
 FLUSH = Method(4, "flush", FlushRequest, FlushAnswer)
 LIST = Method(5, "list", ListRequest, ListAnswer)
 SYNC = Method(6, "sync", SyncRequest, SyncAnswer)
 FSCK = Method(7, "fsck", FsckRequest, FsckAnswer)
+REPAIR = Method(8, "repair", RepairRequest, RepairAnswer)
 
 
 def file_chunk_range(inode: InodeId, first_index: int) -> tuple[bytes, bytes]:

@@ -24,6 +24,7 @@ from emberfs.proto.storage_calls import (
     FSCK,
     LIST,
     READ_BATCH,
+    REPAIR,
     SYNC,
     UPDATE,
     VERSION,
@@ -31,6 +32,7 @@ from emberfs.proto.storage_calls import (
     FlushAnswer,
     FsckAnswer,
     ListAnswer,
+    RepairAnswer,
     SyncAnswer,
     UpdateAnswer,
     UpdateKind,
@@ -53,6 +55,7 @@ from emberfs.storage.metrics import (
 )
 from emberfs.storage.reads import Reader
 from emberfs.storage.repair import Repairer
+from emberfs.storage.replace import replace_replica
 from emberfs.storage.replica import TargetReplica
 from emberfs.storage.scrub import ScrubSettings
 from emberfs.storage.target import SyncCompleted, SyncHeard
@@ -111,6 +114,7 @@ class StorageService:
             LIST.number: self.list_chunks,
             SYNC.number: self.sync,
             FSCK.number: self.fsck,
+            REPAIR.number: self.repair,
         }
 
     async def open(self) -> None:
@@ -265,7 +269,7 @@ class StorageService:
             self._must_serve(replica)
             if replica.view != view:
                 raise EmberfsError(Code.CHAIN_VERSION, "the chain has changed meanwhile")
-        if replica.state.serves:
+        if request.heal and replica.state.serves:
             for row in rows:
                 if row.damaged:
                     self._repairer.damaged(replica, row.chunk)
@@ -305,6 +309,14 @@ class StorageService:
         request = FSCK.decode_request(call.body)
         found = await self._env.run_blocking(self._replica(request.target).store.check)
         return FSCK.encode_answer(FsckAnswer(found.chunks, found.blocks, tuple(found.findings)))
+
+    async def repair(self, call: ServerCall) -> bytes:
+        """The handler of REPAIR."""
+        request = REPAIR.decode_request(call.body)
+        checked_chunk(request.chunk)
+        replica = self._replica(request.target)
+        await replace_replica(self._env, replica, self._links, self._buffers, request)
+        return REPAIR.encode_answer(RepairAnswer(request.version))
 
 
 def checked_chunk(chunk: bytes) -> ChunkId:
