@@ -66,6 +66,14 @@ def test_unknown_outcomes_happen_late_or_never_but_once() -> None:
                     op("stat", "/a/x", 9, 10, "file 9 1"))  # fmt: skip
 
 
+def test_two_files_never_have_one_inode() -> None:
+    creates = op("create", "/a/x", 0, 1), op("create", "/a/y", 0, 1)
+    seen = op("stat", "/a/x", 5, 6, "file 9 1")
+    assert good(*creates, seen, op("stat", "/a/y", 7, 8, "file 8 1"))
+    assert not good(*creates, seen, op("stat", "/a/y", 7, 8, "file 9 1"))
+    assert not good(*creates, seen, op("stat", "/a/y", 7, 8, "file 9 -"))
+
+
 def test_directories_apart_are_searched_apart() -> None:
     ops = [op("mkdir", f"/{n}", 0, 1) for n in range(20)]
     ops += [op("create", f"/{n}/x", 2, 3) for n in range(20)]
