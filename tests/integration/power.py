@@ -86,6 +86,11 @@ def mounted(image: Path, place: Path, *, make: bool = False) -> Iterator[None]:
         subprocess.run(["losetup", "--detach", device], check=False)
 
 
+def write_times(log: Path) -> list[int]:
+    """Return when each write of any disk was recorded (CLOCK_MONOTONIC, ns)."""
+    return [record.time_ns for record in read_log(log) if record.kind == WRITE]
+
+
 def image_at(log: Path, disk: int, cut_ns: int, path: Path, choose: random.Random) -> int:
     """Write what a disk may hold after a power cut; returns how many writes it has lost."""
     waiting: list[Record] = []

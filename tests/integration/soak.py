@@ -3,8 +3,9 @@
 usage: python tests/integration/soak.py SECONDS SEED
 
 Several writers, fio with verification and a process of namespace operations, each with a model,
-work while services are killed, frozen and started again at random: at most replicas - 1 storages
-at a time, sometimes everything at once. Exit 0 if the models agree and fsck is clean.
+and clients whose histories are recorded (history_load.py) work while services are killed, frozen
+and started again at random: at most replicas - 1 storages at a time, sometimes everything at once.
+Exit 0 if the models agree, the history is linearizable and has lost nothing, and fsck is clean.
 """
 
 import os
@@ -22,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from integration import names
 from integration.harness import LocalCluster, local_cluster, wait_until
+from integration.kill_matrix import jobs_of
+from integration.loads import Loads, check_history, loading
 from integration.writer import Writer
 
 WRITERS = 3
 STORAGES = ("storage1", "storage2", "storage3")
-PROGRESS_S = 50.0  # a request's deadline is 60 s
+PROGRESS_S = 75.0  # a request's deadline is 60 s: within it, it succeeds or its writer says why
 
 
 class Soak:
@@ -38,6 +41,7 @@ class Soak:
         self._began = time.monotonic()
         self.counts: Counter[str] = Counter()
         self._workers: dict[str, Writer] = {}
+        self._recorded: Loads | None = None
 
     def say(self, text: str) -> None:
         """Print with the time since the start."""
@@ -54,7 +58,11 @@ class Soak:
         with ExitStack() as stack:
             for worker in self._workers.values():
                 stack.callback(worker.kill)
+            self._recorded = stack.enter_context(loading(jobs_of(cluster, "h", seed)))
             yield
+            history = self._recorded.finish()
+            check_history(history)
+            self.say(f"{len(history)} recorded operations are linearizable and nothing is lost")
             for name, worker in self._workers.items():
                 self.say(f"{name}: {worker.rounds} operations, longest {worker.longest_s:.1f} s")
                 worker.finish()
@@ -143,6 +151,8 @@ class Soak:
         began = time.monotonic()
         for name, worker in self._workers.items():
             wait_until(lambda w=worker, n=name: w.rounds > before[n], PROGRESS_S)
+        assert self._recorded is not None
+        self._recorded.wait_progress(3, PROGRESS_S)
         if time.monotonic() - began > 3:
             self.say(f"  going on after {time.monotonic() - began:.1f} s")
 

@@ -63,7 +63,9 @@ class Writer:
     @property
     def rounds(self) -> int:
         """How many writes have returned."""
-        assert self._process.poll() is None, "the writer has ended"
+        if self._process.poll() is not None:
+            assert self._process.stderr is not None
+            raise AssertionError(f"the writer has ended: {self._process.stderr.read()[-3000:]}")
         return int(self._seen()[0])
 
     @property
