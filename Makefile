@@ -4,7 +4,7 @@ MOUNT ?= mnt
 BIN   := $(VENV)/bin
 INPUTS := pyproject.toml runtime/_native.c deploy/install.sh
 
-.PHONY: fuzz up down clean-data status install test check unit integration demo bench proto help
+.PHONY: fuzz sim sim-long up down clean-data status install test check unit integration demo bench proto help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -48,6 +48,12 @@ check: $(VENV)/installed-test  ## ruff, format, mypy strict
 fuzz: $(VENV)/installed-test   ## coverage-guided fuzzing of every decoder (SECONDS=60)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --group fuzz
 	@$(BIN)/python tests/fuzz/atheris_targets.py -max_total_time=$(or $(SECONDS),60) -max_len=4096 -artifact_prefix=$(or $(TMPDIR),/tmp)/
+
+sim: $(VENV)/installed-test    ## one simulated history (SEED=1 SECONDS=30), told in full if it fails
+	@cd tests && ../$(BIN)/python -m sim.run $(or $(SEED),1) --seconds $(or $(SECONDS),30) $(SIM_FLAGS)
+
+sim-long: $(VENV)/installed-test  ## simulated histories for an hour on all cores (SECONDS=3600)
+	@cd tests && ../$(BIN)/python -m sim.run --many 1000000 --wall $(or $(SECONDS),3600)
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py

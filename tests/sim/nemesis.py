@@ -1,0 +1,301 @@
+"""Who makes the faults: one after another or overlapping, by dice; everything is healed at last."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from emberfs.proto.ids import SECOND
+from sim.cluster import World
+from sim.machine import Machine
+from sim.workload import Workload
+
+HOUR_NS = 3600 * SECOND
+
+
+@dataclass(frozen=True)
+class Mood:
+    """Which faults a run has."""
+
+    name: str
+    faults: tuple[str, ...]
+    overlap: bool = False  # several at a time, anywhere; else the cluster recovers in between
+    messages: bool = False  # loss, duplicates, delays all the time
+    gentle: bool = False  # within the replication factor: no client may see an error
+
+
+_PROCESS = ("kill storage", "freeze storage", "die between disk operations")
+_NETWORK = ("partition", "one-way partition", "isolate storage", "reset", "slow machine")
+_CONTROL = ("kill mgmtd", "freeze mgmtd", "pause kv", "wall clock step", "isolate mgmtd")
+
+MOODS = {
+    mood.name: mood
+    for mood in (
+        Mood("calm", ()),
+        Mood("gentle", (*_PROCESS, *_CONTROL, "reset"), gentle=True),
+        Mood("messages", (), messages=True),
+        Mood("processes", (*_PROCESS, *_CONTROL, "kill client"), overlap=True),
+        Mood("network", (*_NETWORK, "isolate mgmtd", "pause kv"), overlap=True, messages=True),
+        Mood("power", ("power cut of one", "kill storage", "blank disk"), messages=True),
+        Mood("disk", ("rot", "disk full", "disk errors", "slow disk", "kill storage")),
+        Mood(
+            "everything",
+            (*_PROCESS, *_NETWORK, *_CONTROL, "slow disk", "disk full", "kill client"),
+            overlap=True,
+            messages=True,
+        ),
+        Mood("outage", ("kill all storage", "power cut of one", "kill storage"), messages=True),
+    )
+}
+
+
+class Nemesis:
+    """Injects the faults of a mood until told to stop; counts them by kind."""
+
+    def __init__(self, world: World, load: Workload, mood: Mood) -> None:
+        self.world = world
+        self.load = load
+        self.mood = mood
+        self.counts: Counter[str] = Counter()
+        self.story: list[str] = []
+        self.dice = random.Random(world.dice.random())
+        self._broken: set[str] = set()  # machines that have a fault just now
+
+    async def rage(self, duration_s: float) -> None:
+        """Make faults for some time, then heal everything."""
+        end_s = self.world.loop.time() + duration_s
+        self._messages(on=self.mood.messages)
+        running: set[asyncio.Task[None]] = set()
+        while self.world.loop.time() < end_s and self.mood.faults:
+            await asyncio.sleep(self.dice.uniform(0.1, 4.0))
+            if running and not self.mood.overlap:
+                await asyncio.wait(running)
+                await self.world.until_serving(40 * SECOND)
+            running = {task for task in running if not task.done()}
+            if len(running) < 3:
+                kind = self.dice.choice(self.mood.faults)
+                task = asyncio.get_running_loop().create_task(self._one(kind))
+                running.add(task)
+        if running:
+            await asyncio.wait(running)
+        for task in running:
+            task.result()
+        left_s = end_s - self.world.loop.time()
+        if left_s > 0:
+            await asyncio.sleep(left_s)
+        self._messages(on=False)
+        self.heal()
+
+    def heal(self) -> None:
+        """End every fault; start what is down."""
+        world = self.world
+        for link in world.network.links.values():
+            link.cut, link.slow_factor = False, 1.0
+        for machine in world.machines.values():
+            faults = machine.disk.faults
+            faults.full, faults.slow_factor, faults.die_after = False, 1.0, -1
+            faults.write_error_share = faults.read_error_share = faults.sync_error_share = 0.0
+            if machine.process is not None and machine.process.paused:
+                machine.process.resume()
+            if machine.name in world.network.down:
+                machine.power_on()
+            self.revive(machine)
+
+    def revive(self, machine: Machine) -> None:
+        """Start a machine's process if it does not run."""
+        if not machine.running:
+            self.world.start(machine)
+            if machine in self.world.clients:
+                self.load.start(self.world.clients.index(machine))
+
+    def _messages(self, *, on: bool) -> None:
+        network, dice = self.world.network, self.dice
+        network.loss_share = dice.choice((0, 0.002, 0.02)) if on else 0
+        network.duplicate_share = dice.choice((0, 0.02, 0.1)) if on else 0
+        network.late_duplicate_share = dice.choice((0, 0.01, 0.05)) if on else 0
+        network.delay_share = dice.choice((0, 0.02, 0.1)) if on else 0
+
+    # ------------------------------------------------------------ faults
+
+    async def _one(self, kind: str) -> None:
+        victim = self._victim(kind)
+        if victim is None:
+            return
+        self.counts[kind] += 1
+        self._broken.add(victim.name)
+        self._tell(f"{kind}: {victim.name}")
+        action: Callable[[Machine], Awaitable[None]] = {
+            "kill storage": self._kill,
+            "kill mgmtd": self._kill,
+            "kill client": self._kill,
+            "freeze storage": self._freeze,
+            "freeze mgmtd": self._freeze,
+            "pause kv": self._freeze,
+            "die between disk operations": self._die_soon,
+            "partition": self._partition,
+            "one-way partition": self._one_way,
+            "isolate storage": self._isolate,
+            "isolate mgmtd": self._isolate,
+            "reset": self._reset,
+            "slow machine": self._slow_machine,
+            "wall clock step": self._step_wall,
+            "power cut of one": self._cut_power,
+            "blank disk": self._blank,
+            "rot": self._rot,
+            "disk full": self._full,
+            "disk errors": self._disk_errors,
+            "slow disk": self._slow_disk,
+            "kill all storage": self._kill_all,
+        }[kind]
+        try:
+            await action(victim)
+        finally:
+            self._broken.discard(victim.name)
+            self._tell(f"{kind}: {victim.name} is over")
+
+    def _tell(self, what: str) -> None:
+        self.story.append(f"{self.world.loop.time():10.6f} nemesis: {what}")
+
+    def _victim(self, kind: str) -> Machine | None:
+        world = self.world
+        if kind in ("pause kv",):
+            group = [world.kv]
+        elif "mgmtd" in kind:
+            group = world.mgmtd
+        elif "client" in kind:
+            group = world.clients
+        elif kind == "wall clock step":
+            group = list(world.machines.values())
+        else:
+            group = world.storage
+        group = [machine for machine in group if machine.name not in self._broken]
+        return self.dice.choice(group) if group else None
+
+    def _some_seconds(self) -> float:
+        """Sometimes shorter than half a lease, sometimes longer than a whole one."""
+        return self.dice.choice((0.05, 0.5, 2.0, 3.5, 6.0, 12.0)) * self.dice.uniform(0.7, 1.3)
+
+    async def _kill(self, victim: Machine) -> None:
+        victim.kill()
+        await asyncio.sleep(self._some_seconds())
+        self.revive(victim)
+
+    async def _kill_all(self, victim: Machine) -> None:
+        for machine in self.world.storage:
+            machine.kill()
+            if self.dice.random() < 0.5:
+                await asyncio.sleep(self._some_seconds() / 4)
+        order = list(self.world.storage)
+        self.dice.shuffle(order)
+        for machine in order:
+            await asyncio.sleep(self._some_seconds() / 2)
+            self.revive(machine)
+
+    async def _freeze(self, victim: Machine) -> None:
+        process = victim.process
+        if process is None or not process.alive:
+            return
+        process.pause()
+        await asyncio.sleep(self._some_seconds())
+        if process.alive:
+            process.resume()
+
+    async def _die_soon(self, victim: Machine) -> None:
+        victim.disk.faults.die_after = self.dice.randrange(40)
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            if not victim.running:
+                break
+        else:
+            victim.kill()
+        victim.disk.faults.die_after = -1
+        await asyncio.sleep(self._some_seconds())
+        self.revive(victim)
+
+    async def _cut_power(self, victim: Machine) -> None:
+        victim.power_cut()
+        await asyncio.sleep(self._some_seconds())
+        victim.power_on()
+        self.revive(victim)
+
+    async def _blank(self, victim: Machine) -> None:
+        victim.kill()
+        victim.disk.wipe()
+        await asyncio.sleep(self._some_seconds())
+        self.revive(victim)
+
+    async def _cut_links(self, pairs: list[tuple[str, str]]) -> None:
+        links = [self.world.network.link(*pair) for pair in pairs]
+        for link in links:
+            link.cut = True
+        await asyncio.sleep(self._some_seconds())
+        for link in links:
+            link.cut = False
+
+    async def _partition(self, victim: Machine) -> None:
+        """The machines fall into two groups."""
+        names = list(self.world.machines)
+        side = {name for name in names if self.dice.random() < 0.5} | {victim.name}
+        pairs = [(a, b) for a in names for b in names if (a in side) != (b in side)]
+        await self._cut_links(pairs)
+
+    async def _one_way(self, victim: Machine) -> None:
+        """The victim is heard by nobody, or hears nobody; perhaps not all of them."""
+        others = [n for n in self.world.machines if n != victim.name and self.dice.random() < 0.7]
+        if self.dice.random() < 0.5:
+            await self._cut_links([(victim.name, other) for other in others])
+        else:
+            await self._cut_links([(other, victim.name) for other in others])
+
+    async def _isolate(self, victim: Machine) -> None:
+        """Cut off from the management services only, or from everybody."""
+        names = [m.name for m in (*self.world.mgmtd, self.world.kv) if m is not victim]
+        if self.dice.random() < 0.4:
+            names = [name for name in self.world.machines if name != victim.name]
+        await self._cut_links([p for n in names for p in ((victim.name, n), (n, victim.name))])
+
+    async def _reset(self, victim: Machine) -> None:
+        for name in self.world.machines:
+            if self.dice.random() < 0.5:
+                self.world.network.reset(victim.name, name)
+
+    async def _slow_machine(self, victim: Machine) -> None:
+        links = [
+            self.world.network.link(*pair)
+            for name in self.world.machines
+            for pair in ((victim.name, name), (name, victim.name))
+        ]
+        factor = self.dice.choice((10, 100, 1000))
+        for link in links:
+            link.slow_factor = factor
+        await asyncio.sleep(self._some_seconds())
+        for link in links:
+            link.slow_factor = 1.0
+
+    async def _step_wall(self, victim: Machine) -> None:
+        victim.wall_step_ns += self.dice.choice((-HOUR_NS, HOUR_NS))
+
+    async def _rot(self, victim: Machine) -> None:
+        victim.disk.rot()
+
+    async def _full(self, victim: Machine) -> None:
+        victim.disk.faults.full = True
+        await asyncio.sleep(self._some_seconds())
+        victim.disk.faults.full = False
+
+    async def _disk_errors(self, victim: Machine) -> None:
+        faults = victim.disk.faults
+        faults.read_error_share = self.dice.choice((0, 0.05, 0.5))
+        faults.write_error_share = self.dice.choice((0, 0.02, 0.3))
+        faults.sync_error_share = self.dice.choice((0, 0, 0.5))
+        await asyncio.sleep(self._some_seconds())
+        faults.read_error_share = faults.write_error_share = faults.sync_error_share = 0.0
+        victim.kill()  # what stands on a disk that failed is started again by its operator
+        await asyncio.sleep(0.1)
+        self.revive(victim)
+
+    async def _slow_disk(self, victim: Machine) -> None:
+        victim.disk.faults.slow_factor = self.dice.choice((10, 1000, 5000))
+        await asyncio.sleep(self._some_seconds())
+        victim.disk.faults.slow_factor = 1.0

@@ -1,0 +1,277 @@
+"""One simulation from its seed: a cluster, a load, faults, the end state, the checkers.
+
+python -m sim.run SEED [--mood NAME] [--seconds 30] [--trace]      one seed, told in full
+python -m sim.run --many 200 [--first 0] [--wall SECONDS]          many, with a summary
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from emberfs.proto.cluster import PublicState
+from emberfs.proto.ids import SECOND
+from sim import loop as simloop
+from sim.check_blocks import check_findings
+from sim.check_linear import check_linear
+from sim.check_replicas import ChunkState, Replica, check_replicas
+from sim.check_versions import check_versions
+from sim.cluster import Shape, World
+from sim.history import History
+from sim.nemesis import MOODS, Mood, Nemesis
+from sim.violation import Violation, report
+from sim.workload import Workload
+
+BOOT_NS = 30 * SECOND
+EXIT_NS = 90 * SECOND  # from the end of all faults until every replica must serve
+QUIET_S = 3.0
+SECONDS = 30.0
+
+
+@dataclass
+class Outcome:
+    """What a simulation showed."""
+
+    seed: int
+    mood: str
+    digest: str = ""
+    virtual_s: float = 0.0
+    operations: int = 0
+    errors: int = 0
+    undecided: int = 0
+    steps: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    violations: list[Violation] = field(default_factory=list)
+    story: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+
+
+def mood_of(seed: int) -> Mood:
+    """Seeds take the moods in turn."""
+    return list(MOODS.values())[seed % len(MOODS)]
+
+
+def shape_of(seed: int) -> Shape:
+    """Mostly three nodes; sometimes more nodes than replicas, or two replicas."""
+    turn = seed // len(MOODS) % 4
+    if turn == 2:
+        return Shape(storage=4, chains=2)
+    if turn == 3:
+        return Shape(storage=3, chains=3, replicas=2)
+    return Shape()
+
+
+def simulate(seed: int, mood: Mood | None = None, seconds: float = SECONDS) -> Outcome:
+    """Run one seed to its end."""
+    mood = mood or mood_of(seed)
+    outcome = Outcome(seed, mood.name)
+
+    async def main(loop: simloop.SimLoop) -> None:
+        await _play(loop, outcome, mood, seconds)
+        outcome.steps = loop.steps
+        outcome.virtual_s = loop.time()
+
+    try:
+        simloop.run(main)
+    except simloop.StuckError:
+        outcome.violations.append(Violation("stuck", "nobody is ready and no timer runs"))
+    return outcome
+
+
+async def _play(loop: simloop.SimLoop, outcome: Outcome, mood: Mood, seconds: float) -> None:
+    world = World(loop, outcome.seed, shape_of(outcome.seed))
+    await world.boot()
+    found = outcome.violations
+    if not await world.until_serving(BOOT_NS):
+        found.append(Violation("no start", _states(world)))
+    load = Workload(world)
+    outcome.history = load.history
+    for index in range(len(world.clients)):
+        load.start(index)
+    nemesis = Nemesis(world, load, mood)
+    outcome.story = nemesis.story
+    await nemesis.rage(seconds)
+    healed_ns = loop.now_ns()
+    if not await world.until_serving(EXIT_NS):
+        found.append(Violation("no exit", _states(world)))
+    load.stopping = True
+    await asyncio.sleep(QUIET_S + 16)
+    for index in range(len(world.clients)):
+        await load.read_all(index)
+    await asyncio.sleep(QUIET_S)
+    _judge(world, load, outcome, mood, healed_ns)
+    outcome.faults = nemesis.counts + world.network.counts
+    for machine in world.machines.values():
+        outcome.faults.update(machine.disk.faults.counts)
+
+
+def _states(world: World) -> str:
+    snapshot = world.primary_snapshot()
+    if snapshot is None:
+        return "no mgmtd leads: " + ", ".join(m.failure or "alive" for m in world.mgmtd)
+    lines = [
+        f"chain {chain.id} version {chain.version}: "
+        + ", ".join(f"{t.target} {t.state.name}" for t in chain.targets)
+        for chain in snapshot.chains.values()
+    ]
+    for machine in world.storage:
+        if machine.service is not None:
+            reports = (hosted.report() for hosted in machine.service.service.targets.values())
+            lines += [f"{machine.name} {report}" for report in reports]
+        lines.append(f"{machine.name} {machine.failure}")
+    return "; ".join(lines)
+
+
+def _judge(world: World, load: Workload, outcome: Outcome, mood: Mood, healed_ns: int) -> None:
+    found, history = outcome.violations, load.history
+    verdict = check_linear(history)
+    found += verdict.violations
+    outcome.undecided = len(verdict.undecided)
+    found += check_versions(world.seen)
+    found += check_replicas(_replicas(world))
+    found += check_findings(_findings(world))
+    found += [Violation("internal error", text) for text in world.network.internal_errors]
+    found += [
+        Violation("service died", machine.failure)
+        for machine in world.machines.values()
+        if machine.failure
+    ]
+    late_ns = healed_ns if not mood.gentle else 0
+    for at_ns, what in load.errors:
+        if mood.gentle or at_ns > late_ns + 30 * SECOND:
+            found.append(Violation("error at a client", f"{at_ns / 1e9:.6f}: {what}"))
+    outcome.operations = len(history)
+    outcome.errors = len(load.errors)
+    state = blake2b(history.digest().encode(), digest_size=16)
+    state.update(repr(world.seen).encode())
+    outcome.digest = state.hexdigest()
+
+
+def _replicas(world: World) -> list[Replica]:
+    snapshot = world.primary_snapshot()
+    if snapshot is None:
+        return []
+    states = {t.target: (c.id, t.state) for c in snapshot.chains.values() for t in c.targets}
+    found = []
+    for machine in world.storage:
+        if machine.service is None:
+            continue
+        for target, hosted in machine.service.service.targets.items():
+            chain, state = states.get(target, (0, PublicState.OFFLINE))
+            if hosted.store is None:
+                continue
+            serving = state == PublicState.SERVING
+            pending = hosted.store.pending_chunks()
+            found.append(Replica(chain, target, serving, _chunks(hosted.store), pending))
+    return found
+
+
+def _chunks(store: object) -> dict[bytes, ChunkState]:
+    rows, _ = store.list(b"", b"\xff" * 20, 1000)  # type: ignore[attr-defined]
+    found = {}
+    for row in rows:
+        content = memoryview(bytearray(row.length))
+        if row.length:
+            store.read_into(row.chunk, version=0, offset=0, length=row.length, sink=content)  # type: ignore[attr-defined]
+        digest = blake2b(content, digest_size=8).hexdigest()
+        if row.version:
+            found[bytes(row.chunk)] = ChunkState(row.version, row.length, digest)
+    return found
+
+
+def _findings(world: World) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for machine in world.storage:
+        if machine.service is None:
+            continue
+        for target, hosted in machine.service.service.targets.items():
+            if hosted.store is not None:
+                found[f"{machine.name} {target}"] = list(hosted.store.check().findings)
+    return found
+
+
+# ---------------------------------------------------------------- command line
+
+
+def tell(outcome: Outcome) -> str:
+    """Everything that helps to understand a failing seed."""
+    lines = [
+        f"seed {outcome.seed} ({outcome.mood}) fails:",
+        report(outcome.violations),
+        "the last faults:",
+        *outcome.story[-30:],
+        "the last operations:",
+        *outcome.history.tail(20),
+        f"again: make sim SEED={outcome.seed}",
+    ]
+    return "\n".join(lines)
+
+
+def _many(first: int, count: int, wall_s: float) -> int:
+    began = time.monotonic()
+    total, failed = Outcome(first, "many"), []
+    done = 0
+    for seed in range(first, first + count):
+        if wall_s and time.monotonic() - began > wall_s:
+            break
+        outcome = simulate(seed)
+        done += 1
+        total.virtual_s += outcome.virtual_s
+        total.operations += outcome.operations
+        total.errors += outcome.errors
+        total.undecided += outcome.undecided
+        total.faults += outcome.faults
+        if outcome.violations:
+            failed.append(seed)
+            print(tell(outcome), flush=True)
+    took = time.monotonic() - began
+    print(
+        f"{done} histories, {total.operations} operations ({total.errors} errors at clients, "
+        f"{total.undecided} chunks undecided), {total.virtual_s / 3600:.2f} virtual hours in "
+        f"{took:.1f} s: {total.virtual_s / took:.0f} cluster-seconds per second, "
+        f"{done / took * 60:.0f} histories per minute"
+    )
+    print("faults: " + ", ".join(f"{kind} {n}" for kind, n in sorted(total.faults.items())))
+    print(f"{len(failed)} failed: {failed}" if failed else "no violation")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="sim.run", description=__doc__)
+    parser.add_argument("seed", type=int, nargs="?")
+    parser.add_argument("--mood", choices=sorted(MOODS))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults, virtual")
+    parser.add_argument("--trace", action="store_true", help="show the services' logs")
+    parser.add_argument("--many", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--wall", type=float, default=0.0, help="stop after so many seconds")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO if options.trace else logging.CRITICAL)
+    if options.seed is None:
+        return _many(options.first, options.many, options.wall)
+    outcome = simulate(options.seed, MOODS[options.mood] if options.mood else None, options.seconds)
+    if outcome.violations:
+        print(tell(outcome))
+        return 1
+    print(
+        f"seed {outcome.seed} ({outcome.mood}): {outcome.operations} operations, "
+        f"{outcome.virtual_s:.1f} virtual seconds, {outcome.steps} steps, digest "
+        f"{outcome.digest}: no violation"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # one seed, one history
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "sim.run", *sys.argv[1:]],
+            {**os.environ, "PYTHONHASHSEED": "0"},
+        )
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What the clients of a simulation do: small reads and writes of a few hot chunks, recorded.
+
+Shared keys are written by everybody; of an owned key one client alone is the writer, and it also
+truncates and removes. Reads come from everybody.
+"""
+
+import asyncio
+import random
+from typing import NamedTuple
+
+from emberfs.client.cluster import Cluster
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.files import Layout
+from emberfs.proto.ids import CHUNK_BYTES_MIN, MS, SECOND, ChainId, InodeId, KiB
+from sim.cluster import World
+from sim.history import History, Key
+from sim.machine import Machine
+from sim.stamps import stamp_fill
+
+TIMEOUT_NS = 15 * SECOND
+PAUSE_NS = 150 * MS  # on average, between the operations of one client
+HOT_BYTES = 12 * KiB
+FIRST_INODE = 1000
+
+
+class Place(NamedTuple):
+    """A chunk that the clients use."""
+
+    key: Key
+    inode: InodeId
+    layout: Layout
+    owner: int  # index of the only writer; -1: all write
+
+
+def places(chains: int, clients: int) -> list[Place]:
+    """Two shared chunks and an owned one per chain."""
+    found = []
+    for number in range(3 * chains):
+        inode = InodeId(FIRST_INODE + number)
+        layout = Layout(CHUNK_BYTES_MIN, (ChainId(number % chains + 1),))
+        owner = -1 if number < 2 * chains else number % clients
+        found.append(Place(("chunk", inode), inode, layout, owner))
+    return found
+
+
+class Workload:
+    """Runs the clients until `stop`; their history is in `history`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.history = History()
+        self.places = places(world.shape.chains, world.shape.clients)
+        self.stopping = False
+        self.errors: list[tuple[int, str]] = []  # what clients were told: when, what
+        self._dice = random.Random(world.dice.random())
+        self._clients = 0
+
+    def start(self, index: int) -> None:
+        """Let a client work; to be called whenever its process was started."""
+        machine = self.world.clients[index]
+        process = machine.process
+        assert process is not None
+        dice = random.Random(self._dice.random())
+        process.context.run(self.world.loop.create_task, self._work(machine, index, dice))
+
+    async def _work(self, machine: Machine, index: int, dice: random.Random) -> None:
+        while machine.service is None:
+            await asyncio.sleep(0.05)
+        self._clients += 1
+        one = _Client(self, self._clients, index, machine.service, dice)
+        lanes = [one.lane() for _ in range(2)]
+        await asyncio.gather(*lanes)
+
+    async def read_all(self, index: int) -> None:
+        """Read every chunk as a whole; at the end of a simulation."""
+        machine = self.world.clients[index]
+        process = machine.process
+        assert process is not None
+        while machine.service is None:
+            await asyncio.sleep(0.05)
+        one = _Client(self, 1000 + index, index, machine.service, self._dice)
+
+        async def all_places() -> None:
+            for place in self.places:
+                await one.read(place, 0, CHUNK_BYTES_MIN)
+
+        await process.context.run(self.world.loop.create_task, all_places())
+
+
+class _Client:
+    def __init__(
+        self, load: Workload, number: int, index: int, cluster: Cluster, dice: random.Random
+    ) -> None:
+        self._load = load
+        self._number = number
+        self._index = index
+        self._chunkio = cluster.chunkio
+        self._dice = dice
+        self._history = load.history
+        self._loop = load.world.loop
+
+    async def lane(self) -> None:
+        """One operation after another."""
+        while not self._load.stopping:
+            await asyncio.sleep(self._dice.expovariate(1e9 / PAUSE_NS))
+            place = self._dice.choice(self._load.places)
+            roll = self._dice.random()
+            offset, length = self._range()
+            if place.owner not in (-1, self._index) or roll < 0.45:
+                await self.read(place, offset, length)
+            elif roll < 0.93 or place.owner == -1:
+                await self._write(place, offset, length)
+            elif roll < 0.96:
+                await self._truncate(place, offset)
+            else:
+                await self._remove(place)
+            if self._dice.random() < 0.04:
+                await self._flush(place)
+
+    def _range(self) -> tuple[int, int]:
+        dice = self._dice
+        if dice.random() < 0.04:
+            return 0, CHUNK_BYTES_MIN
+        offset = dice.randrange(HOT_BYTES)
+        if dice.random() < 0.5:
+            offset -= offset % 4096
+        return offset, dice.choice((512, 4096, 4096, dice.randint(8, 8192)))
+
+    async def read(self, place: Place, offset: int, length: int) -> None:
+        """Read and record."""
+        op = self._history.begin(
+            self._number, "read", place.key, offset, length, self._loop.now_ns()
+        )
+        sink = memoryview(bytearray(length))
+        try:
+            await self._chunkio.read(place.inode, place.layout, offset, sink, timeout_ns=TIMEOUT_NS)
+        except EmberfsError as problem:
+            self._note(f"read: {problem}")
+            self._history.end(op, self._loop.now_ns(), "fail", result=problem.code.name)
+            return
+        self._history.end(op, self._loop.now_ns(), "ok", bytes(sink))
+
+    async def _write(self, place: Place, offset: int, length: int) -> None:
+        stamp = self._history.next_stamp()
+        data = stamp_fill(stamp, offset, length)
+        op = self._history.begin(
+            self._number, "write", place.key, offset, length, self._loop.now_ns(), data, stamp
+        )
+        outcome, result = "ok", ""
+        try:
+            await self._chunkio.write(
+                place.inode, place.layout, offset, memoryview(data), timeout_ns=TIMEOUT_NS
+            )
+        except EmberfsError as problem:
+            self._note(f"write: {problem}")
+            outcome, result = "unknown", problem.code.name
+        self._history.end(op, self._loop.now_ns(), outcome, result=result)
+
+    async def _truncate(self, place: Place, size: int) -> None:
+        op = self._history.begin(self._number, "truncate", place.key, size, 0, self._loop.now_ns())
+        outcome, result = "ok", ""
+        try:
+            await self._chunkio.truncate_chunk(place.inode, place.layout, 0, size, TIMEOUT_NS)
+        except EmberfsError as problem:
+            self._note(f"truncate: {problem}")
+            outcome, result = "unknown", problem.code.name
+        self._history.end(op, self._loop.now_ns(), outcome, result=result)
+
+    async def _remove(self, place: Place) -> None:
+        op = self._history.begin(self._number, "remove", place.key, 0, 0, self._loop.now_ns())
+        outcome, result = "ok", ""
+        try:
+            await self._chunkio.remove_chunks(place.inode, place.layout, 0, TIMEOUT_NS)
+        except EmberfsError as problem:
+            self._note(f"remove: {problem}")
+            outcome, result = "unknown", problem.code.name
+        self._history.end(op, self._loop.now_ns(), outcome, result=result)
+
+    async def _flush(self, place: Place) -> None:
+        op = self._history.begin(self._number, "flush", place.key, 0, 0, self._loop.now_ns())
+        outcome, result = "ok", ""
+        try:
+            await self._chunkio.flush(place.layout.chains, TIMEOUT_NS)
+        except EmberfsError as problem:
+            self._note(f"flush: {problem}")
+            outcome, result = "unknown", problem.code.name
+        self._history.end(op, self._loop.now_ns(), outcome, result=result)
+
+    def _note(self, what: str) -> None:
+        self._load.errors.append((self._loop.now_ns(), what))
