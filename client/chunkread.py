@@ -79,6 +79,7 @@ class Job:
     place: ChainTarget | None = None  # the replica of the current attempt
     version: int = 0  # its chain version
     tried: frozenset[TargetId] = frozenset()  # failed since every replica was tried
+    refuted: frozenset[TargetId] = frozenset()  # whose checksums refute what they hold
 
 
 @dataclass(slots=True)
@@ -176,6 +177,10 @@ class ChunkReader:
                 continue
             job.tried |= {job.place.target}
             serving = self._serving_now(job.chain)
+            if problem.code == Code.CHECKSUM:
+                job.refuted |= {job.place.target}
+                if all(place.target in job.refuted for place in serving):
+                    raise _damaged_everywhere(job)
             if all(place.target in job.tried for place in serving):
                 job.tried = frozenset()
                 reason = problem
@@ -305,6 +310,15 @@ def _take_results(batch: list[Job], reply: Reply) -> list[_Failure]:
 def _extra_ns(batch: Sequence[Job]) -> int:
     """What the bytes of a call add to the time that it may take."""
     return sum([job.length for job in batch]) * ATTEMPT_NS_PER_BYTE + 10 * MS
+
+
+def _damaged_everywhere(job: Job) -> EmberfsError:
+    stop = job.offset + job.length
+    return EmberfsError(
+        Code.CHECKSUM,
+        f"chunk {job.chunk.hex()}, bytes {job.offset} to {stop}: every replica of chain "
+        f"{job.chain} is damaged there; `emberfs fsck` names the file, restore it from a copy",
+    )
 
 
 def _nothing_serves(chain: ChainId) -> EmberfsError:

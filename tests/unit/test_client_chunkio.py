@@ -126,6 +126,24 @@ def test_an_operation_that_fails_at_one_replica_is_read_from_another_at_once(cod
     run(test, chains=1)
 
 
+def test_what_is_damaged_on_every_replica_is_an_error_at_once():
+    """No replica can mend it and waiting cannot help: EIO with the chunk's name, not a timeout."""
+
+    async def test(world):
+        put(world, 0, pattern(1000))
+        for node in world.storage:
+            node.read_codes.extend([Code.CHECKSUM] * 100)
+        io = chunkio_of(world)
+        began = time.perf_counter()
+        with pytest.raises(EmberfsError) as caught:
+            await read(io, world, 0, 1000)
+        assert time.perf_counter() - began < 2
+        assert caught.value.code == Code.CHECKSUM
+        assert pack_chunk_id(INODE, 0).hex() in caught.value.message
+
+    run(test, chains=1)
+
+
 def test_chain_version_is_refreshed_from_routing():
     async def test(world):
         put(world, 0, pattern(100))
