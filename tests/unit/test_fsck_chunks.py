@@ -11,11 +11,13 @@ from emberfs.deploy.fsck_owners import BEYOND, MISPLACED, ORPHAN, kind_of
 from emberfs.kv import keys
 from emberfs.meta import schema
 from emberfs.proto.cluster import PublicState
+from emberfs.proto.errors import Code
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import SECOND, ChainId, ChunkId, InodeId, TargetId
+from emberfs.proto.meta_calls import Mend
 from emberfs.proto.storage_calls import ChunkRow
 from unit.fsck_world import QUICK, Scene, chain_of
-from unit.meta_world import CHUNK, World, chain, play, snapshot
+from unit.meta_world import CHUNK, World, chain, fails, play, snapshot
 
 NOBODY = 999_999
 
@@ -158,6 +160,21 @@ def test_pages_of_replicas_are_walked_in_step(monkeypatch: pytest.MonkeyPatch) -
     play(main)
 
 
+def test_chunks_that_only_one_replica_has_are_all_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first replica is empty: its only page must not end the walk over the other one."""
+    monkeypatch.setattr(fsck_chunks, "PAGE_ROWS", 3)
+
+    async def main(world: World) -> None:
+        scene = Scene(world)
+        await scene.file(b"f", 90 * CHUNK)
+        for one in scene.stores.chains():
+            scene.stores.rows[one.targets[0].target].clear()
+        assert len(await scene.texts(QUICK._replace(verify=False))) == 90
+        assert await scene.repaired() == []
+
+    play(main)
+
+
 def test_the_good_replica_is_the_newest_sound_one() -> None:
     targets = [TargetId(t) for t in (1, 2, 3)]
     assert good_replica((row(1), row(2), None), targets) == 1
@@ -223,6 +240,25 @@ def test_o3_chunks_without_a_file_are_listed_and_removed() -> None:
     play(main)
 
 
+def test_orphans_that_still_change_are_no_finding() -> None:
+    """Somebody removes them, or writes: both looks must see the same."""
+
+    async def main(world: World) -> None:
+        scene = Scene(world)
+        scene.stores.put(2, NOBODY, 0, 100)
+        sleep_ns = world.env.sleep_ns
+
+        async def sleep(duration_ns: int) -> None:
+            scene.stores.put(2, NOBODY, 5, 100)
+            await sleep_ns(duration_ns)
+
+        world.env.sleep_ns = sleep  # type: ignore[method-assign]
+        assert await scene.texts() == []
+        assert len(await scene.texts()) == 1
+
+    play(main)
+
+
 def test_chunks_that_wait_for_collection_are_in_order() -> None:
     async def main(world: World) -> None:
         scene = Scene(world)
@@ -277,9 +313,14 @@ def test_chunks_behind_the_end_are_cut_unless_somebody_writes() -> None:
         await world.open_file(inode.id, 5, write=True)
         assert await scene.texts() == []
         await world.settle(inode.id, 5, close=True)
-        texts = await scene.texts()
-        assert len(texts) == 3
-        assert all("behind the end" in text for text in texts)
+        report = await scene.fsck()
+        assert len(report.findings) == 3
+        assert all("behind the end" in finding.text for finding in report.findings)
+        trim = report.findings[0].mend
+        assert isinstance(trim, Mend)
+        await world.open_file(inode.id, 6, write=True)  # between look and repair
+        await fails(Code.STALE, scene.records.mend(trim))
+        await world.settle(inode.id, 6, close=True)
         await scene.repaired()
         assert ("remove", inode.id, 2) in world.chunks.log
         assert ("truncate", inode.id, 1, 10) in world.chunks.log
