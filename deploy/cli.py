@@ -36,6 +36,8 @@ app = typer.Typer(
 Directory = Annotated[
     Path, typer.Option("--directory", "-d", help="where the local cluster keeps everything")
 ]
+# A mount point has `parser=Path`: typer's own conversion would stat it, and so wait for a mount
+# whose servers are down, the very ones that `up` is to start.
 HERE = Path(".emberfs")
 CONNECT_TIMEOUT_NS = 10 * SECOND
 
@@ -73,7 +75,10 @@ def plan_of(directory: Path) -> Plan:
 @app.command()
 def up(
     directory: Directory = HERE,
-    mount: Annotated[Path | None, typer.Option(help="mount point (default ./mnt)")] = None,
+    mount: Annotated[
+        Path | None,
+        typer.Option(help="mount point (default ./mnt)", parser=Path, metavar="PATH"),
+    ] = None,
     base_port: Annotated[
         int | None, typer.Option(min=1024, max=65_000, help="first TCP port (default 9400)")
     ] = None,
@@ -165,7 +170,9 @@ def clean_data(directory: Directory = HERE) -> None:
 @app.command()
 def mount(
     directory: Directory = HERE,
-    mountpoint: Annotated[Path | None, typer.Argument(help="mount point")] = None,
+    mountpoint: Annotated[
+        Path | None, typer.Argument(help="mount point", parser=Path, metavar="PATH")
+    ] = None,
 ) -> None:
     """Mount the local cluster (again), also over a dead mount."""
     plan = plan_of(directory)

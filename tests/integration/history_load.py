@@ -34,10 +34,9 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from emberfs.client.file import File, connect
 from sim.history import History, Key
 from sim.stamps import stamp_fill
-
-from emberfs.client.file import File, connect
 
 CHUNK_BYTES = 1 << 20
 CHUNKS = 3
@@ -84,6 +83,10 @@ class Handle(Protocol):
         """Set the length."""
         ...
 
+    async def close(self) -> None:
+        """End it: the length becomes exact for everybody."""
+        ...
+
 
 Open = Callable[[str], Awaitable[Handle]]
 
@@ -111,6 +114,10 @@ class NativeHandle:
     async def truncate(self, size: int) -> None:
         """See Handle."""
         await self._file.truncate(size)
+
+    async def close(self) -> None:
+        """See Handle."""
+        await self._file.close()
 
 
 class MountHandle:
@@ -152,6 +159,10 @@ class MountHandle:
         """See Handle."""
         await self._run(lambda: os.ftruncate(self._fd, size))
 
+    async def close(self) -> None:
+        """See Handle."""
+        await self._run(lambda: os.close(self._fd))
+
 
 class Range(NamedTuple):
     """Where an operation goes."""
@@ -188,6 +199,8 @@ class Load:
             name, is_shared = self._choose.choice(names)
             await self._step(client, name, files[name], is_shared)
             await asyncio.sleep(self._choose.random() * 2 * job.pause_s)
+        for file in files.values():
+            await file.close()
 
     async def _step(self, client: int, name: str, file: Handle, shared: bool) -> None:
         dice, key = self._choose.random(), ("f", name)

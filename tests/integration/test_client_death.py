@@ -1,0 +1,45 @@
+"""A client dies with SIGKILL: what it was told is written stays readable for others."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from emberfs.client.blocking import Client
+from integration.harness import LocalCluster, wait_until
+
+EXPIRY_S = 60.0  # lease 5 s, grace 30 s, and the sweeper's own period
+
+DIRECT_WRITER = """
+import asyncio, os, sys
+from emberfs.client.file import connect
+async def main():
+    async with connect(sys.argv[1], cluster=sys.argv[2]) as system:
+        file = await system.open("/f", "x", direct=True)
+        await file.write(b"1234" * 1024)
+        await file.close()
+        file = await system.open("/f", "r+", direct=True)
+        await file.pwrite(b"abcd" * 4096, 3 << 20)
+        os.kill(os.getpid(), 9)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="the end of a dead client's session settles no length")
+def test_o2_c9_direct_writes_behind_the_old_end_outlive_their_client(fresh: LocalCluster) -> None:
+    """When a client dies after a direct write that extended a file, the file has the new length."""
+    plan = fresh.plan
+    done = subprocess.run(
+        [sys.executable, "-c", DIRECT_WRITER, plan.mgmtd_address, plan.cluster],
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == -9
+    length = (3 << 20) + 16384
+    wait_until(lambda: os.stat(fresh.mount / "f").st_size == length, EXPIRY_S, pause_s=0.5)
+    with Client(plan.mgmtd_address, cluster=plan.cluster) as client, client.open("/f") as file:
+        memory = bytearray(16384)
+        assert file.pread(memory, 3 << 20) == len(memory)
+        assert bytes(memory) == b"abcd" * 4096
+    assert "clean:" in fresh.fsck()
