@@ -68,6 +68,9 @@ class ChunkState(msgspec.Struct, frozen=True, gc=False):
     pending: PendingState | None
 
 
+_NO_BOOT = "a sync failed"  # boot_id of nobody: whoever opens next must verify
+
+
 class _Format(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file `format` of a target's directory."""
 
@@ -100,6 +103,7 @@ class ChunkStore:
         self._files = files
         self._unlock = unlock
         self._closed = False
+        self._distrusted = False  # a sync has failed, and the format file says so
         self.damaged: set[ChunkId] = set()  # chunks whose content was refuted by its checksums
         self._adopted: set[ChunkId] = set()  # whose pending version came damaged
         self.power_cut_possible = False  # the target may have lost what was not flushed
@@ -116,9 +120,11 @@ class ChunkStore:
         *,
         open_store: Callable[[str], OrderedStore] = open_rocks,
         capacity_bytes: int = 0,
+        distrust: bool = False,
     ) -> "ChunkStore":
         """Open a target's directory, formatting an empty one. [T]
 
+        `distrust`: treat it as after a power cut, because a sync of it has failed.
         Raises CONFIG (used by another process, or another format), NO_SPACE, DISK.
         """
         unlock = _lock(env, path)
@@ -130,7 +136,7 @@ class ChunkStore:
             store = open_store(f"{path}/meta")
             table = ChunkTable(store, files, capacity_bytes)
             self = cls(env, path, table, files, unlock)
-            self._recover(found)
+            self._recover(found, distrust)
         except BaseException as problem:
             for opened in (store, files):
                 if opened is not None:
@@ -141,7 +147,7 @@ class ChunkStore:
             raise
         return self
 
-    def _recover(self, found: _Format | None) -> None:
+    def _recover(self, found: _Format | None, distrust: bool) -> None:
         if found is None:
             if not self._table.store.scan(b"", b"\xff", limit=1):
                 self._write_format(clean=False)
@@ -149,17 +155,19 @@ class ChunkStore:
             log.warning("%s has chunks and no format file", self._path)
             found = _Format(FORMAT_VERSION, "", clean=False)
         unclean = not found.clean
-        self.power_cut_possible = unclean and found.boot_id != self._env.boot_id
+        other_boot = found.boot_id != self._env.boot_id
+        self.power_cut_possible = unclean and (other_boot or distrust)
         if self.power_cut_possible:
-            log.warning("%s was open when the machine stopped: verifying", self._path)
+            log.warning("%s may have lost what was not flushed: verifying", self._path)
         Reopening(self._table, self._files).run(power_cut=self.power_cut_possible)
         if unclean:
             self._files.mark_all_dirty()
         self._write_format(clean=False)
 
-    def _write_format(self, *, clean: bool) -> None:
+    def _write_format(self, *, clean: bool, boot_id: str = "") -> None:
         """Also syncs the directory, and with it the names of the block files."""
-        content = msgspec.json.encode(_Format(FORMAT_VERSION, self._env.boot_id, clean))
+        boot_id = boot_id or self._env.boot_id
+        content = msgspec.json.encode(_Format(FORMAT_VERSION, boot_id, clean))
         self._env.disk.replace_small(f"{self._path}/format", content + b"\n")
 
     def close(self) -> None:
@@ -472,7 +480,21 @@ class ChunkStore:
 
     def flush(self) -> None:
         """Make everything committed so far stable. [T] Raises DISK, and from then on always."""
-        self._flusher.flush()
+        try:
+            self._flusher.flush()
+        except EmberfsError:
+            self._mark_distrusted()
+            raise
+
+    def _mark_distrusted(self) -> None:
+        """Tell whoever opens this next, also another process, that a sync has failed."""
+        if self._distrusted or self._closed:
+            return
+        self._distrusted = True
+        try:
+            self._write_format(clean=False, boot_id=_NO_BOOT)
+        except OSError as problem:
+            log.error("%s: cannot note that a sync failed: %s", self._path, problem)
 
     def list(
         self, start: bytes, stop: bytes, limit: int, verify: bool = False

@@ -15,7 +15,9 @@ A commit that comes while a flush runs opens the next epoch and keeps its own un
 step 3 happened to sync without its data can be taken back.
 """
 
+import logging
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 from emberfs.kv.store import Change
@@ -26,6 +28,8 @@ from emberfs.storage.blocks import BlockFiles
 from emberfs.storage.records import redo_key, undo_key
 from emberfs.storage.redo import Overlay, RedoLog, runs_of
 from emberfs.storage.table import ChunkTable
+
+log = logging.getLogger("emberfs.storage.flush")
 
 # Redo rows should die in the store's write buffer: larger, and they reach its tables too.
 OVERLAY_BYTES_MAX = 2 * MiB
@@ -61,18 +65,29 @@ class Flusher:
         )
 
     def flush(self) -> None:
-        """Make everything committed so far stable. Raises DISK; after that every flush fails."""
+        """Make everything committed so far stable. Raises DISK; after that every flush fails.
+
+        When all is stable and only the tidying up finds no room, that is left to the next flush.
+        """
         with self._one:
             if self._failed:
                 raise EmberfsError(Code.DISK, self._failed)
             try:
-                self._flush()
+                tidy = self._sync()
             except EmberfsError as problem:
                 # The kernel drops dirty pages it failed to write: a second try would lie.
-                self._failed = f"an earlier sync failed ({problem.message}); restart this target"
-                raise
+                self._failed = f"a sync failed: {problem.message}"
+                raise EmberfsError(Code.DISK, self._failed) from None
+            try:
+                tidy()
+            except EmberfsError as problem:
+                if problem.code != Code.NO_SPACE:
+                    self._failed = f"the disk fails: {problem.message}"
+                    raise EmberfsError(Code.DISK, self._failed) from None
+                log.warning("redo and undo records stay for now: %s", problem)
 
-    def _flush(self) -> None:
+    def _sync(self) -> Callable[[], None]:
+        """Make stable what is committed now; return how to tidy up after it."""
         table = self._table
         with table.lock:
             epoch, table.epoch = table.epoch, table.epoch + 1
@@ -85,10 +100,14 @@ class Flusher:
         dirty = self._files.take_dirty()
         self._files.sync(dirty)
         table.store.sync()
-        with table.lock:
-            self._forget(epoch, done)
-        for found in captured:
-            self._apply(found)
+
+        def tidy() -> None:
+            with table.lock:
+                self._forget(epoch, done)
+            for found in captured:
+                self._apply(found)
+
+        return tidy
 
     def _forget(self, epoch: int, done: list[tuple[RedoLog, list[int]]]) -> None:
         """Step 4."""

@@ -1,7 +1,9 @@
 """One target of this process: open or not, with what its heartbeats say."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Protocol
 
 from emberfs.fabric.buffers import BufferPool
 from emberfs.kv.store import OrderedStore
@@ -10,6 +12,7 @@ from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import SECOND, ChainVersion, TargetId
 from emberfs.proto.storage_calls import SyncRequest
 from emberfs.runtime.env import Env
+from emberfs.runtime.retry import Backoff
 from emberfs.storage.chunks import ChunkStore, open_rocks
 from emberfs.storage.filling import Recovery, Throttle
 from emberfs.storage.forward import Sender
@@ -18,7 +21,15 @@ from emberfs.storage.metrics import DAMAGED_NOW, LOCAL_STATE, PUBLIC_STATE, RECO
 from emberfs.storage.repair import Repairer
 from emberfs.storage.replica import TargetReplica
 from emberfs.storage.scrub import Scrubber, ScrubSettings
-from emberfs.storage.target import DiskFailed, Opened, RoutingChanged, TargetState, Ticked
+from emberfs.storage.target import (
+    Closed,
+    Condition,
+    DiskFailed,
+    Opened,
+    RoutingChanged,
+    TargetState,
+    Ticked,
+)
 from emberfs.storage.view import view_of
 
 log = logging.getLogger("emberfs.storage.hosted")
@@ -27,6 +38,18 @@ NO_SYNC = SyncRequest(TargetId(0), ChainVersion(0), done=False)
 TICK_NS = SECOND
 FLUSH_EVERY_NS = 2 * SECOND
 FLUSH_LOOK_NS = SECOND // 5
+
+
+REOPEN_FIRST_NS = 5 * SECOND  # after a disk error, before the target is opened again
+REOPEN_MAX_NS = 300 * SECOND
+
+
+class _Open(Protocol):
+    def __call__(self, *, distrust: bool) -> Awaitable[None]: ...
+
+
+async def _not_opened(*, distrust: bool) -> None:
+    raise AssertionError("open comes first")
 
 
 class HostedTarget:
@@ -51,6 +74,7 @@ class HostedTarget:
         self._capacity_bytes = capacity_bytes
         self._open_store = open_store
         self._sharers = 1
+        self._open_again: _Open = _not_opened
         self._scrubber: Scrubber | None = None
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
@@ -79,13 +103,35 @@ class HostedTarget:
 
         `sharers`: how many targets use the same file system. Routing must have been applied.
         """
-        env, path, self._sharers = self._env, self.path, max(1, sharers)
+        self._sharers = max(1, sharers)
+        self._open_again = partial(
+            self._open, links, buffers, repairer, report_now, throttle, scrub, lease_ok
+        )
+        await self._open_again(distrust=False)
+
+    async def _open(
+        self,
+        links: Links,
+        buffers: BufferPool,
+        repairer: Repairer,
+        report_now: Callable[[], None],
+        throttle: Throttle,
+        scrub: ScrubSettings,
+        lease_ok: Callable[[], bool],
+        *,
+        distrust: bool,
+    ) -> None:
+        env, path = self._env, self.path
         try:
             blank = not await env.run_blocking(lambda: env.disk.exists(f"{path}/format"))
             capacity = self._capacity_bytes
             store = await env.run_blocking(
                 lambda: ChunkStore.open(
-                    env, path, open_store=self._open_store, capacity_bytes=capacity
+                    env,
+                    path,
+                    open_store=self._open_store,
+                    capacity_bytes=capacity,
+                    distrust=distrust,
                 )
             )
             life = await env.run_blocking(lambda: next_life(env, path))
@@ -98,7 +144,8 @@ class HostedTarget:
         replica = TargetReplica(env, store, sender, self.state, report_now)
         replica.repair = lambda chunk: repairer.repair(replica, chunk)
         self.replica = replica
-        replica.settle(Opened(doubtful=store.power_cut_possible, blank=blank))
+        doubtful = store.power_cut_possible or distrust
+        replica.settle(Opened(doubtful=doubtful, blank=blank))
         recovery = Recovery(env, replica, sender, links, throttle)
         replica.tasks.spawn(recovery.run(), name=f"recovery of target {self.target}'s successor")
         self._scrubber = Scrubber(
@@ -107,6 +154,33 @@ class HostedTarget:
         replica.tasks.spawn(self._scrubber.run(), name="scrub")
         replica.tasks.spawn(self._tick(replica), name="passing of time")
         replica.tasks.spawn(self._flush_now_and_then(replica), name="background flush")
+
+    async def keep_open(self, changed: Callable[[], None]) -> None:
+        """Open a failed target again and again, for ever; what it then holds is doubtful.
+
+        `changed` is called when the replica has gone or has come.
+        """
+        env, backoff = self._env, Backoff(REOPEN_FIRST_NS, REOPEN_MAX_NS)
+        while True:
+            await env.sleep_ns(TICK_NS)
+            if self.state.condition == Condition.UPTODATE:
+                backoff.reset()
+            if self.state.condition != Condition.FAILED:
+                continue
+            await env.sleep_ns(backoff.next_ns(env.random))
+            log.info("target %d is opened again", self.target)
+            await self._close_failed()
+            changed()
+            self.state.handle(Closed(), env.now_ns())
+            await self._open_again(distrust=True)
+            changed()
+
+    async def _close_failed(self) -> None:
+        try:
+            await self.close()
+        except (EmberfsError, OSError) as problem:
+            log.error("target %d: closing: %s", self.target, problem)
+            self.replica = self.store = self._scrubber = None
 
     async def close(self) -> None:
         """Stop, and close the store."""

@@ -78,9 +78,7 @@ class Reader:
 
     async def version(self, target: TargetId, chain_version: ChainVersion, chunk: ChunkId) -> int:
         """Tell the committed version, as the tail. NOT_SERVING if we are not the tail."""
-        replica = self._replicas.get(target)
-        if replica is None:
-            raise EmberfsError(Code.NOT_SERVING, f"target {target} is not open here")
+        replica = self._opened(target)
         await replica.catch_up(chain_version)
         while True:
             self._check(replica, chain_version)
@@ -91,6 +89,13 @@ class Reader:
             if plan == ReadPlan.COMMITTED:
                 return state.version if state is not None else 0
             await replica.finish(chunk)
+
+    def _opened(self, target: TargetId) -> TargetReplica:
+        """Look it up anew after every wait: a failed target is closed and opened again."""
+        replica = self._replicas.get(target)
+        if replica is None:
+            raise EmberfsError(Code.NOT_SERVING, f"target {target} is not open here")
+        return replica
 
     # -------------------------------------------------------- the fast path
 
@@ -144,7 +149,7 @@ class Reader:
         for i in places:
             operation = operations[i]
             try:
-                outcome = self._replicas[operation.target].store.read_into(
+                outcome = self._opened(operation.target).store.read_into(
                     operation.chunk,
                     version=0,
                     offset=operation.offset,
@@ -168,7 +173,7 @@ class Reader:
             operation, result = operations[i], results[i]
             if result is not None and not result.code:
                 try:
-                    self._check(self._replicas[operation.target], operation.chain_version)
+                    self._check(self._opened(operation.target), operation.chain_version)
                 except EmberfsError as problem:
                     results[i] = self._failed(operation, problem)
 

@@ -258,6 +258,11 @@ class TargetReplica:
             async with self.hold(chunk):
                 pass
 
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether some chunk has a pending version that no operation owns."""
+        return bool(self._leftover)
+
     def is_disputed(self, chunk: ChunkId) -> bool:
         """Whether a read must look closer: operations in work, or a leftover."""
         return chunk in self._active or chunk in self._leftover

@@ -140,10 +140,20 @@ class StorageService:
         ]
         for task in opening:
             await task
+        self._note_replicas()
+        self.apply(self._routing.snapshot)
+        for hosted in self.targets.values():
+            self._tasks.spawn(
+                hosted.keep_open(self._note_replicas), name=f"keeping target {hosted.target} open"
+            )
+
+    def _note_replicas(self) -> None:
+        """Know which targets are open."""
         for target, hosted in self.targets.items():
             if hosted.replica is not None:
                 self._replicas[target] = hosted.replica
-        self.apply(self._routing.snapshot)
+            else:
+                self._replicas.pop(target, None)
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
         """Take over routing, unless we stop."""
@@ -298,6 +308,12 @@ class StorageService:
             hosted.sync = request
         replica.settle(SyncHeard(request.chain_version, request.problem))
         if request.done:
+            # A write that a slow disk began while we still served may have become pending only
+            # after our inventory was read: it must not serve, the next comparison replaces it.
+            await replica.settled()
+            if replica.has_leftovers:
+                text = f"target {request.target} has an older pending write; compare again"
+                raise EmberfsError(Code.BUSY, text)
             # What was received may be acknowledged to nobody as stable before it is.
             await replica.flush()
             replica.settle(SyncCompleted(request.chain_version))

@@ -10,7 +10,8 @@
            OFFLINE, no member    UPTODATE          ONLINE: to be filled again
     SyncCompleted                ONLINE, SYNCING   UPTODATE
     Opened, directory was empty  -                 as before, but never ONLINE while LASTSRV
-    DiskFailed                   any               FAILED: OFFLINE with its reason, for good
+    DiskFailed                   any               FAILED: OFFLINE with its reason
+    Closed                       any               CLOSED: to be opened again, with doubt
     Ticked                       ONLINE, SYNCING   RESTING, if the recovery has not advanced for
                                                    STALL_NS: reported OFFLINE, so that the chain
                                                    goes on without us
@@ -72,13 +73,19 @@ class Ticked(msgspec.Struct, frozen=True, gc=False):
     """Time has passed: about once a second."""
 
 
+class Closed(msgspec.Struct, frozen=True, gc=False):
+    """The store was closed; an attempt to open it follows."""
+
+
 class DiskFailed(msgspec.Struct, frozen=True, gc=False):
     """The store cannot be opened or trusted any more."""
 
     reason: str
 
 
-Event = Opened | RoutingChanged | SyncCompleted | SyncHeard | Withdrew | Ticked | DiskFailed
+Event = (
+    Opened | RoutingChanged | SyncCompleted | SyncHeard | Withdrew | Ticked | Closed | DiskFailed
+)
 
 
 class ViewChanged(msgspec.Struct, frozen=True, gc=False):
@@ -189,6 +196,8 @@ class TargetState:
                     self._rest(event.reason, now_ns)
             case Ticked():
                 self._tick(now_ns)
+            case Closed():
+                self.condition = Condition.CLOSED
             case DiskFailed():
                 if before != Condition.FAILED:
                     self.condition, self._failure = Condition.FAILED, event.reason

@@ -51,6 +51,7 @@ HEARTBEAT_NS = 1 * SECOND
 KV_TIMEOUT_NS = 2 * SECOND
 STREAM_SILENCE_NS = 4 * SECOND
 MGMTD_PORT = 9000
+SCRUB_S = 6
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class World:
             listen=(f"sim://{machine.name}:0",),
             data="/data",
             targets=self.targets_per_node,
+            scrub_interval_s=SCRUB_S,
         )
         while True:
             server = StorageServer(

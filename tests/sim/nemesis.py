@@ -60,6 +60,7 @@ class Nemesis:
         self.counts: Counter[str] = Counter()
         self.story: list[str] = []
         self.dice = random.Random(world.dice.random())
+        self._rotting: Machine | None = None
         self._broken: set[str] = set()  # machines that have a fault just now
 
     async def rage(self, duration_s: float) -> None:
@@ -277,7 +278,9 @@ class Nemesis:
         victim.wall_step_ns += self.dice.choice((-HOUR_NS, HOUR_NS))
 
     async def _rot(self, victim: Machine) -> None:
-        victim.disk.rot()
+        """Always on the same machine: what has rotted everywhere is lost, and may be."""
+        self._rotting = self._rotting or victim
+        self._rotting.disk.rot()
 
     async def _full(self, victim: Machine) -> None:
         victim.disk.faults.full = True

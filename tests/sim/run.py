@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from emberfs.proto.cluster import PublicState
+from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import SECOND
 from sim import loop as simloop
 from sim.check_blocks import check_findings
@@ -176,9 +177,12 @@ def _chunks(store: object) -> dict[bytes, ChunkState]:
     found = {}
     for row in rows:
         content = memoryview(bytearray(row.length))
-        if row.length:
-            store.read_into(row.chunk, version=0, offset=0, length=row.length, sink=content)  # type: ignore[attr-defined]
-        digest = blake2b(content, digest_size=8).hexdigest()
+        try:
+            if row.length:
+                store.read_into(row.chunk, version=0, offset=0, length=row.length, sink=content)  # type: ignore[attr-defined]
+            digest = blake2b(content, digest_size=8).hexdigest()
+        except EmberfsError as problem:
+            digest = problem.code.name
         if row.version:
             found[bytes(row.chunk)] = ChunkState(row.version, row.length, digest)
     return found
