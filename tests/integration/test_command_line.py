@@ -112,7 +112,8 @@ def test_bad_configuration(tmp_path: Path, command: str, text: str, says: str) -
     assert says in one_line(done)
 
 
-def test_an_unreachable_cluster_is_said_and_not_waited_for(tmp_path: Path) -> None:
+def test_o4_an_unreachable_cluster_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    """Commands on an unreachable cluster say so and end."""
     mount = tmp_path / "m"
     mount.mkdir()
     path = tmp_path / "fuse.toml"
@@ -132,7 +133,8 @@ async def routing_of(cluster: LocalCluster) -> RoutingSnapshot:
         await control.close()
 
 
-def test_garbage_on_the_data_port_is_refused_and_harms_nobody(shared: LocalCluster) -> None:
+def test_o23_garbage_on_the_data_port_is_refused_and_harms_nobody(shared: LocalCluster) -> None:
+    """Garbage on the data port is refused and harms nobody."""
     endpoints = asyncio.run(routing_of(shared)).nodes[NodeId(STORAGE_NODE_FIRST)].endpoints
     port = next(int(e.rsplit(":", 1)[1]) for e in endpoints if e.startswith("tcp://"))
     with socket.create_connection(("127.0.0.1", port), timeout=5) as wire:
@@ -171,9 +173,10 @@ def small_disks(unstarted: LocalCluster) -> Iterator[list[Path]]:
             run("umount", "-l", place, check=False)
 
 
-def test_a_full_disk_says_so_and_keeps_old_data(
+def test_s11_a_full_disk_says_so_and_keeps_old_data(
     unstarted: LocalCluster, small_disks: list[Path]
 ) -> None:
+    """A really full disk is ENOSPC at the application; old data stays, and room helps."""
     plan = Plan(
         directory=str(unstarted.directory),
         mountpoint=str(unstarted.mount),
@@ -210,7 +213,10 @@ def test_a_full_disk_says_so_and_keeps_old_data(
     assert (unstarted.mount / "again").read_bytes() == old
 
 
-def test_a_corrupted_block_is_served_by_another_replica_and_repaired(fresh: LocalCluster) -> None:
+def test_o14_o7_a_corrupted_block_is_served_by_another_replica_and_repaired(
+    fresh: LocalCluster,
+) -> None:
+    """A corrupted block on disk is served by another replica and repaired."""
     data = os.urandom(3 << 20)
     path = fresh.mount / "precious"
     path.write_bytes(data)
@@ -243,7 +249,8 @@ def flip_bytes(directory: Path, data: bytes) -> int:
     return found
 
 
-def test_a_busy_mount_is_not_torn_from_its_user(fresh: LocalCluster) -> None:
+def test_r10_a_busy_mount_is_not_torn_from_its_user(fresh: LocalCluster) -> None:
+    """A mount in use is not torn from its user."""
     path = fresh.mount / "held"
     path.write_text("x")
     with path.open() as file:

@@ -24,7 +24,8 @@ def writer(fresh: LocalCluster) -> Iterator[Writer]:
     process.kill()
 
 
-def test_a_storage_service_dies_and_recovers_under_fio(fresh: LocalCluster) -> None:
+def test_r9_a_storage_service_dies_and_recovers_under_fio(fresh: LocalCluster) -> None:
+    """A storage service dies under a verifying fio: no error, all content verified."""
     fio = subprocess.Popen(
         [
             "fio", "--name=v", f"--directory={fresh.mount}", "--rw=randwrite", "--bs=16k",
@@ -52,7 +53,8 @@ def test_a_storage_service_dies_and_recovers_under_fio(fresh: LocalCluster) -> N
     assert "clean:" in fresh.fsck()
 
 
-def test_writes_resume_and_reads_go_on_after_a_kill(fresh: LocalCluster, writer: Writer) -> None:
+def test_r9_writes_resume_and_reads_go_on_after_a_kill(fresh: LocalCluster, writer: Writer) -> None:
+    """After a kill -9 reads go on at once and writes resume within the bound."""
     stable = fresh.mount / "stable"
     stable.write_bytes(os.urandom(3 << 20))
     expected = stable.read_bytes()
@@ -76,7 +78,10 @@ def test_writes_resume_and_reads_go_on_after_a_kill(fresh: LocalCluster, writer:
     assert slowest_s < 4
 
 
-def test_meta_and_mgmtd_die_and_the_mount_goes_on(fresh: LocalCluster, writer: Writer) -> None:
+def test_r9_r10_meta_and_mgmtd_die_and_the_mount_goes_on(
+    fresh: LocalCluster, writer: Writer
+) -> None:
+    """meta and mgmtd are killed and started again; the mount goes on."""
     (fresh.mount / "before").write_text("kept")
     fresh.kill("meta")
     fresh.start("meta")
@@ -108,7 +113,8 @@ def test_the_fuse_daemon_dies_and_nothing_synced_is_missing(fresh: LocalCluster)
     assert (fresh.mount / "synced").read_bytes() == data
 
 
-def test_everything_dies_and_up_brings_it_back(fresh: LocalCluster) -> None:
+def test_r7_r12_everything_dies_and_up_brings_it_back(fresh: LocalCluster) -> None:
+    """Everything is killed at once; `up` brings all synced data back."""
     data = os.urandom(3_000_000)
     for number in range(5):
         (fresh.mount / f"f{number}").write_bytes(data[number:])
@@ -121,7 +127,8 @@ def test_everything_dies_and_up_brings_it_back(fresh: LocalCluster) -> None:
     assert "clean:" in fresh.fsck()
 
 
-def test_a_replica_that_missed_writes_is_filled(fresh: LocalCluster) -> None:
+def test_r2_r7_a_replica_that_missed_writes_is_filled(fresh: LocalCluster) -> None:
+    """A replica that missed writes is filled by itself."""
     (fresh.mount / "old").write_bytes(os.urandom(2 << 20))
     fresh.kill("storage3")
     wait_until(lambda: "offline" in fresh.status(), 15)

@@ -89,9 +89,10 @@ def settle(cluster: LocalCluster, files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (2, 3, 1)], ids=["last-last", "last-between"])
-def test_a_chain_that_died_one_by_one_waits_for_its_last(
+def test_r7_a_chain_that_died_one_by_one_waits_for_its_last(
     fresh: LocalCluster, order: tuple[int, ...]
 ) -> None:
+    """A chain that died one by one waits for the replica that took the last writes."""
     files: dict[str, bytes] = {}
 
     def put(name: str) -> None:
@@ -117,7 +118,8 @@ def test_a_chain_that_died_one_by_one_waits_for_its_last(
     settle(fresh, files)
 
 
-def test_all_replicas_at_once_and_back_in_reverse(fresh: LocalCluster) -> None:
+def test_r7_all_replicas_at_once_and_back_in_reverse(fresh: LocalCluster) -> None:
+    """All replicas die at once and come back in reverse order."""
     with writing(fresh):
         for name in STORAGES:
             fresh.kill(name)
@@ -128,7 +130,8 @@ def test_all_replicas_at_once_and_back_in_reverse(fresh: LocalCluster) -> None:
     settle(fresh, {})
 
 
-def test_a_storage_frozen_past_its_lease_serves_nothing_old(fresh: LocalCluster) -> None:
+def test_o2_o12_a_storage_frozen_past_its_lease_serves_nothing_old(fresh: LocalCluster) -> None:
+    """A storage that was frozen past its lease serves nothing old when it wakes."""
     size = 6 << 20
     old, new = os.urandom(size), os.urandom(size)
     path = fresh.mount / "f"
@@ -157,7 +160,8 @@ def test_a_storage_frozen_past_its_lease_serves_nothing_old(fresh: LocalCluster)
     settle(fresh, {"f": new})
 
 
-def test_a_storage_that_accepts_and_never_answers_is_a_pause(fresh: LocalCluster) -> None:
+def test_o15_a_storage_that_accepts_and_never_answers_is_a_pause(fresh: LocalCluster) -> None:
+    """A storage that accepts and never answers is a pause, not an error."""
     with writing(fresh) as writer:
         for name in STORAGES:
             with frozen(fresh, name):
@@ -169,9 +173,10 @@ def test_a_storage_that_accepts_and_never_answers_is_a_pause(fresh: LocalCluster
 
 
 @pytest.mark.parametrize("lease_runs_out", [False, True], ids=["within-lease", "after-lease"])
-def test_an_empty_disk_in_place_of_a_lost_one_is_filled(
+def test_r6_an_empty_disk_in_place_of_a_lost_one_is_filled(
     fresh: LocalCluster, lease_runs_out: bool
 ) -> None:
+    """An empty disk in place of a lost one is refilled without anybody's help."""
     files = {f"f{number}": os.urandom(2 << 20) for number in range(3)}
     for name, data in files.items():
         (fresh.mount / name).write_bytes(data)
@@ -186,7 +191,8 @@ def test_an_empty_disk_in_place_of_a_lost_one_is_filled(
     settle(fresh, files)
 
 
-def test_mgmtd_and_a_storage_die_together(fresh: LocalCluster) -> None:
+def test_r4_r9_mgmtd_and_a_storage_die_together(fresh: LocalCluster) -> None:
+    """mgmtd and a storage die together and the cluster recovers."""
     data = os.urandom(2 << 20)
     with writing(fresh) as writer:
         fresh.kill("mgmtd")

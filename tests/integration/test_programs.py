@@ -24,7 +24,8 @@ def standard_library(*parts: str) -> Path:
     return Path(sysconfig.get_path("stdlib"), *parts)
 
 
-def test_copy_of_a_tree_is_equal(place: Path) -> None:
+def test_o17_copy_of_a_tree_is_equal(place: Path) -> None:
+    """A copied tree is equal, byte by byte."""
     source = standard_library("json")
     for package in ("json", "asyncio", "email", "xml"):
         run("cp", "-a", standard_library(package), place)
@@ -85,7 +86,8 @@ def test_compile_and_run_a_program(place: Path) -> None:
 @pytest.mark.parametrize("direct", [0, 1])
 @pytest.mark.parametrize("pattern", ["write", "randwrite"])
 @pytest.mark.parametrize("block", ["4k", "64k", "1m"])
-def test_fio_verifies(place: Path, direct: int, pattern: str, block: str) -> None:
+def test_o17_fio_verifies(place: Path, direct: int, pattern: str, block: str) -> None:
+    """fio verifies every block that it wrote."""
     size = {"4k": "2m", "64k": "8m", "1m": "24m"}[block]
     done = run(
         "fio", "--name=v", f"--directory={place}", f"--rw={pattern}", f"--bs={block}",
@@ -122,7 +124,8 @@ def test_a_sparse_file_reads_zeros(place: Path) -> None:
     assert data.endswith(b"end")
 
 
-def test_a_file_of_random_writes_equals_its_model(place: Path) -> None:
+def test_o17_a_file_of_random_writes_equals_its_model(place: Path) -> None:
+    """A file of random writes equals its model in full content."""
     choose = random.Random(7)
     model = bytearray()
     path = place / "model"

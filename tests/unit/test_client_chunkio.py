@@ -126,8 +126,11 @@ def test_an_operation_that_fails_at_one_replica_is_read_from_another_at_once(cod
     run(test, chains=1)
 
 
-def test_what_is_damaged_on_every_replica_is_an_error_at_once():
-    """No replica can mend it and waiting cannot help: EIO with the chunk's name, not a timeout."""
+def test_o14_what_is_damaged_on_every_replica_is_an_error_at_once():
+    """What every replica refutes is an error, never content.
+
+    No replica can mend it and waiting cannot help: EIO with the chunk's name, not a timeout.
+    """
 
     async def test(world):
         put(world, 0, pattern(1000))
@@ -166,7 +169,9 @@ def test_chain_version_is_refreshed_from_routing():
     run(test)
 
 
-def test_killed_server_costs_reads_nothing_but_another_replica():
+def test_r9_killed_server_costs_reads_nothing_but_another_replica():
+    """A killed replica costs a read nothing but another replica."""
+
     async def test(world):
         put(world, 0, pattern(4 * CHUNK))
         io = chunkio_of(world)
@@ -179,7 +184,9 @@ def test_killed_server_costs_reads_nothing_but_another_replica():
     run(test)
 
 
-def test_server_dies_under_a_read_in_flight():
+def test_r9_server_dies_under_a_read_in_flight():
+    """A replica that dies under a read in flight: the read ends well at another."""
+
     async def test(world):
         put(world, 0, pattern(4 * CHUNK))
         io = chunkio_of(world)
@@ -195,7 +202,8 @@ def test_server_dies_under_a_read_in_flight():
     run(test)
 
 
-def test_server_that_accepts_but_never_answers_is_left_and_then_avoided(monkeypatch):
+def test_o15_server_that_accepts_but_never_answers_is_left_and_then_avoided(monkeypatch):
+    """A server that accepts and never answers is left, and avoided by the next reads."""
     monkeypatch.setattr(chunkread, "ATTEMPT_NS", 200 * MS)
 
     async def test(world):
@@ -213,7 +221,9 @@ def test_server_that_accepts_but_never_answers_is_left_and_then_avoided(monkeypa
     run(test)
 
 
-def test_pending_read_ends_when_routing_declares_its_node_dead():
+def test_o15_pending_read_ends_when_routing_declares_its_node_dead():
+    """A read at a silent server ends as soon as routing declares it dead."""
+
     async def test(world):
         put(world, 0, pattern(100))
         io = chunkio_of(world)
@@ -275,7 +285,9 @@ def test_chain_without_serving_replica_waits_for_routing():
     run(test)
 
 
-def test_lost_reply_is_retried_with_the_same_tag_and_applied_once():
+def test_c10_lost_reply_is_retried_with_the_same_tag_and_applied_once():
+    """A write whose reply was lost is retried with the same tag and applied once."""
+
     async def test(world):
         io = chunkio_of(world)
         head = world.head()
@@ -315,7 +327,9 @@ def test_final_errors_of_updates_are_raised(code, seen):
     run(test)
 
 
-def test_lost_head_writes_go_to_the_new_head():
+def test_r9_lost_head_writes_go_to_the_new_head():
+    """When the head is lost, writes go to the new one."""
+
     async def test(world):
         io = chunkio_of(world)
         old = world.head()
@@ -334,7 +348,9 @@ def test_lost_head_writes_go_to_the_new_head():
     run(test)
 
 
-def test_updates_of_one_chunk_keep_their_order_and_chunks_run_in_parallel():
+def test_c5_updates_of_one_chunk_keep_their_order_and_chunks_run_in_parallel():
+    """Writes of one chunk keep their order; those of different chunks run side by side."""
+
     async def test(world):
         io = chunkio_of(world)
         world.update_delay_s = lambda: 0.02  # the fake asserts: never two of a chunk at once
@@ -354,8 +370,11 @@ def test_updates_of_one_chunk_keep_their_order_and_chunks_run_in_parallel():
     run(test)
 
 
-def test_late_duplicate_of_an_update_that_was_given_up_is_void():
-    """C10: the next update of the chunk uses the same channel with a higher sequence."""
+def test_c10_late_duplicate_of_an_update_that_was_given_up_is_void():
+    """An update that its client gave up, arriving late, never overwrites what came after.
+
+    The next update of the chunk uses the same channel with a higher sequence.
+    """
 
     async def test(world):
         io = chunkio_of(world)

@@ -186,7 +186,9 @@ def test_addresses_are_tried_in_turn(tmp_path: Path) -> None:
     run(story)
 
 
-def test_wrong_cluster_fails_at_once(tmp_path: Path) -> None:
+def test_r11_wrong_cluster_fails_at_once(tmp_path: Path) -> None:
+    """A manager of another cluster is refused at once."""
+
     async def story() -> None:
         async with mgmtd(tmp_path) as address, control_of(address, cluster="d") as control:
             routing = Routing(RealEnv(), control)
@@ -337,7 +339,9 @@ def test_start_waits_for_mgmtd_but_not_for_ever() -> None:
     run(story)
 
 
-def test_routing_never_goes_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_r4_o16_routing_never_goes_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A client takes no routing that is older than what it has seen."""
+
     async def story() -> None:
         fake = FakeMgmtd()
         routing = Routing(RealEnv(), fake)

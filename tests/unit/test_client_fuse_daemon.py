@@ -39,7 +39,8 @@ def test_start_on_a_missing_mount_point_is_one_line(tmp_path) -> None:
 
 
 @needs_fuse
-def test_unreachable_cluster_is_named_and_nothing_stays_mounted(tmp_path) -> None:
+def test_o4_unreachable_cluster_is_named_and_nothing_stays_mounted(tmp_path) -> None:
+    """Mounting an unreachable cluster ends in time with the cause; nothing stays mounted."""
     (tmp_path / "m").mkdir()
     done = start(tmp_path, mountpoint=f'"{tmp_path}/m"')
     assert done.returncode == 1
@@ -63,7 +64,8 @@ def test_options_let_others_in_only_where_root_mounts(monkeypatch) -> None:
 
 
 @needs_fuse
-def test_a_server_that_never_answers_gives_etimedout(tmp_path) -> None:
+def test_o15_a_server_that_never_answers_gives_etimedout(tmp_path) -> None:
+    """A server that never answers gives applications ETIMEDOUT, not an endless wait."""
     with mounted(tmp_path / "m", "hasty") as daemon:
         begun = time.monotonic()
         for _ in range(2):
@@ -97,7 +99,8 @@ def test_stuck_requests_do_not_block_others(tmp_path) -> None:
 
 
 @needs_fuse
-def test_stop_with_stuck_requests_and_open_files_ends(tmp_path) -> None:
+def test_o15_o4_stop_with_stuck_requests_and_open_files_ends(tmp_path) -> None:
+    """The daemon ends in bounded time although requests are stuck and files open."""
     with mounted(tmp_path / "m") as daemon:
         (daemon.place / "f").write_text("x")
         held = os.open(daemon.place / "f", os.O_RDONLY)

@@ -19,7 +19,9 @@ def metadata_of(world, **more):
     return Metadata(world.env, world.routing, world.peers, 7, **more)
 
 
-def test_lost_reply_is_retried_with_the_same_request_id():
+def test_c9_lost_reply_is_retried_with_the_same_request_id():
+    """A metadata call whose reply was lost is retried with the same request id."""
+
     async def test(world):
         meta = metadata_of(world)
         world.meta.lose_replies = 1
@@ -112,7 +114,9 @@ def test_deadline_names_call_and_cause():
     run(test)
 
 
-def test_server_that_never_answers_is_left_for_another():
+def test_o15_server_that_never_answers_is_left_for_another():
+    """A metadata server that accepts and never answers is left for another."""
+
     async def test(world):
         other = FakeMeta(world.env, world, META_NODE + 1)
         await other.start()

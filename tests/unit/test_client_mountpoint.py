@@ -64,7 +64,8 @@ def test_mounted_by_a_live_daemon(tmp_path) -> None:
     assert mountpoint.mount_at(str(daemon.place)) is None
 
 
-def test_mount_of_a_killed_daemon_is_cleaned(tmp_path) -> None:
+def test_r9_mount_of_a_killed_daemon_is_cleaned(tmp_path) -> None:
+    """The dead mount of a killed daemon is cleaned before mounting anew."""
     with mounted(tmp_path / "m") as daemon:
         (daemon.place / "f").write_text("x")
         daemon.kill()
@@ -89,7 +90,8 @@ def test_dead_mount_that_is_in_use_is_cleaned(tmp_path) -> None:
                 os.close(held)
 
 
-def test_hanging_daemon_does_not_hang_us(tmp_path, monkeypatch) -> None:
+def test_o4_o15_hanging_daemon_does_not_hang_us(tmp_path, monkeypatch) -> None:
+    """A mount whose daemon hangs is recognised without hanging oneself."""
     monkeypatch.setattr(mountpoint, "_PROBE_TIMEOUT_S", 0.3)
     with mounted(tmp_path / "m") as daemon:
         daemon.process.send_signal(signal.SIGSTOP)

@@ -68,7 +68,7 @@ def test_another_client_sees_everything_after_close():
     run(test)
 
 
-def test_reader_elsewhere_of_a_growing_file_sees_true_bytes_or_less(monkeypatch):
+def test_o1_reader_elsewhere_of_a_growing_file_sees_true_bytes_or_less(monkeypatch):
     """O1: a length is told only when storage has all bytes below it."""
     monkeypatch.setattr(openfile, "HINT_AGE_NS", 0)
     monkeypatch.setattr(openfile, "TICK_NS", 5_000_000)
@@ -364,8 +364,11 @@ def test_appends_of_one_client_never_overlap():
     run(test)
 
 
-def test_cancelled_and_timed_out_opens_leave_no_session():
-    """C9: the reply of an open is lost."""
+def test_c9_cancelled_and_timed_out_opens_leave_no_session():
+    """An open whose caller has gone leaves no session behind.
+
+    The reply of an open is lost.
+    """
 
     async def test(world):
         files = world.client()
@@ -384,7 +387,8 @@ def test_cancelled_and_timed_out_opens_leave_no_session():
     run(test)
 
 
-def test_dirty_bytes_are_bounded_and_writers_wait(monkeypatch):
+def test_c3_o8_dirty_bytes_are_bounded_and_writers_wait(monkeypatch):
+    """Unwritten bytes are bounded: writers wait instead of filling memory."""
     monkeypatch.setattr(writebuffer, "FILE_BYTES", 4 * CHUNK)
 
     async def test(world):
@@ -414,7 +418,9 @@ def test_dirty_bytes_are_bounded_and_writers_wait(monkeypatch):
     run(test)
 
 
-def test_many_files_share_the_bound_without_deadlock():
+def test_c3_o8_many_files_share_the_bound_without_deadlock():
+    """Many files share one bound of memory and all finish."""
+
     async def test(world):
         files = world.client()
         files.write_memory.room.limit_bytes = 2 * CHUNK
@@ -470,7 +476,9 @@ def test_random_reads_fetch_exactly_what_they_ask_for():
     run(test)
 
 
-def test_prefetched_bytes_are_never_older_than_own_writes():
+def test_o14_prefetched_bytes_are_never_older_than_own_writes():
+    """Bytes from the read-ahead are never older than one's own writes."""
+
     async def test(world):
         files = world.client()
         writer = await make(files)
@@ -506,7 +514,8 @@ class Model:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_sequence_of_operations_equals_a_bytearray(seed, monkeypatch):
+def test_o17_any_sequence_of_operations_equals_a_bytearray(seed, monkeypatch):
+    """Any sequence of operations leaves exactly the bytes that a model has."""
     monkeypatch.setattr(openfile, "TICK_NS", 3_000_000)
     monkeypatch.setattr(openfile, "DIRTY_AGE_NS", 5_000_000)
     monkeypatch.setattr(openfile, "HINT_AGE_NS", 5_000_000)
@@ -596,8 +605,11 @@ def test_concurrent_operations_are_atomic(seed, monkeypatch):
     run(test)
 
 
-def test_a_read_begins_again_where_a_frozen_server_cannot_write():
-    """A call that its server never confirmed to have ended taints the memory it named."""
+def test_o2_o14_a_read_begins_again_where_a_frozen_server_cannot_write():
+    """A frozen server that wakes up cannot write into a buffer that was read from another.
+
+    A call that its server never confirmed to have ended taints the memory it named.
+    """
 
     async def test(world):
         files = world.client()

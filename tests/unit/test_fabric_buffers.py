@@ -21,7 +21,8 @@ def overlaps(a: Slice, b: Slice) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 700 * KiB)), max_size=60))
-def test_buffers_never_overlap_and_the_bound_holds(steps: list[tuple[bool, int]]) -> None:
+def test_o13_buffers_never_overlap_and_the_bound_holds(steps: list[tuple[bool, int]]) -> None:
+    """No byte of a pool is ever lent to two users."""
     pool = BufferPool(4 * MiB)
     held: list[Slice] = []
     for take, number in steps:
@@ -47,7 +48,8 @@ def test_buffers_never_overlap_and_the_bound_holds(steps: list[tuple[bool, int]]
     pool.close()
 
 
-def test_idle_memory_goes_back_to_the_kernel() -> None:
+def test_o9_idle_memory_goes_back_to_the_kernel() -> None:
+    """Memory that was needed for a moment goes back to the kernel."""
     pool = BufferPool(256 * MiB)
     held = [pool.take(1 * MiB) for _ in range(128)]
     assert pool.slab_bytes >= 128 * MiB
@@ -78,7 +80,8 @@ def test_what_never_fits_is_too_large() -> None:
     pool.close()
 
 
-def test_a_buffer_given_twice_is_noticed() -> None:
+def test_o13_a_buffer_given_twice_is_noticed() -> None:
+    """A buffer that is given back twice is an error, not a second lending."""
     pool = BufferPool(1 * MiB)
     buffer = pool.take(100)
     pool.give(buffer)
@@ -133,7 +136,8 @@ def test_one_that_leaves_with_a_buffer_gives_it_back() -> None:
     asyncio.run(live())
 
 
-def test_abandoned_memory_is_not_used_again() -> None:
+def test_o13_abandoned_memory_is_not_used_again() -> None:
+    """Memory that a server may still write to is never lent again."""
     pool = BufferPool(1 * MiB)
     first, second = pool.take(100), pool.take(100)
     assert first.region is second.region

@@ -134,9 +134,11 @@ MALFORMED = {
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_frame_costs_one_connection_and_one_log_line(
+def test_o23_malformed_frame_costs_one_connection_and_one_log_line(
     name: str, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A malformed frame costs its own connection and nothing else."""
+
     async def scenario(b: Bench) -> None:
         honest = asyncio.ensure_future(b.call(GATE))
         await until(lambda: b.running == 1)
@@ -205,8 +207,11 @@ def test_request_before_hello_is_refused(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_fuzzed_conversations_never_hurt_others(transport: str) -> None:
-    """Valid conversations, cut, spliced and damaged at random places."""
+def test_o23_fuzzed_conversations_never_hurt_others(transport: str) -> None:
+    """Damaged conversations never hurt the others' connections.
+
+    Valid conversations, cut, spliced and damaged at random places.
+    """
 
     async def scenario(b: Bench) -> None:
         dice = random.Random(5)
@@ -354,8 +359,11 @@ def test_region_closed_by_the_caller_is_forgotten_by_the_server() -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_slow_reader_is_not_read_from(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller that takes no replies stops being served, and is cut off in the end."""
+def test_c3_slow_reader_is_not_read_from(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that reads no answers is not read from: its memory at the server is bounded.
+
+    A caller that takes no replies stops being served, and is cut off in the end.
+    """
     monkeypatch.setattr(session, "HELD_BYTES_MAX", 16 * MiB)
     monkeypatch.setattr(session, "STALL_NS", 300 * MS)
 
@@ -399,9 +407,10 @@ def test_slow_reader_gets_everything(transport: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_empty_buffer_pool_makes_callers_wait_or_fail(
+def test_c3_r8_empty_buffer_pool_makes_callers_wait_or_fail(
     transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With no buffer left callers wait or are refused; afterwards all is well."""
     monkeypatch.setattr(session, "POOL_WAIT_NS", 100 * MS)
 
     async def live() -> None:
@@ -492,7 +501,9 @@ def test_server_that_does_not_confirm_a_cancellation_taints_the_memory(tmp_path:
     with_fake("shm", tmp_path, scenario)
 
 
-def test_late_reply_does_not_reach_the_callers_memory(tmp_path: Path) -> None:
+def test_o13_c10_late_reply_does_not_reach_the_callers_memory(tmp_path: Path) -> None:
+    """A reply that comes late does not reach memory its caller has taken back."""
+
     async def scenario(fake: FakeServer, pool: PeerPool) -> None:
         peer, server = await fake.meet(pool)
         sink = memoryview(bytearray(MiB))

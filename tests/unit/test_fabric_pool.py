@@ -121,7 +121,9 @@ def test_unreachable_names_every_cause() -> None:
     run(scenario)
 
 
-def test_silent_server_costs_a_second_once() -> None:
+def test_o15_silent_server_costs_a_second_once() -> None:
+    """A server that accepts and is silent costs one timeout, not one per call."""
+
     async def scenario() -> None:
         pool = PeerPool(RealEnv())
         loop = asyncio.get_running_loop()
@@ -252,7 +254,10 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_killed_server_is_noticed_at_once_and_found_again(transport: str, tmp_path: Path) -> None:
+def test_c11_killed_server_is_noticed_at_once_and_found_again(
+    transport: str, tmp_path: Path
+) -> None:
+    """A killed server is noticed at once, and found again when it is back."""
     listen_on = "tcp://127.0.0.1:0" if transport == "tcp" else f"shm://{tmp_path}/x.sock"
     process, endpoint = start(listen_on)
     started = [process]

@@ -141,8 +141,11 @@ def test_rocks_keeps_acknowledged_writes_when_the_process_dies(tmp_path: Path) -
     store.close()
 
 
-def test_rocks_recovers_a_prefix_after_a_torn_log(tmp_path: Path) -> None:
-    """Cut the log's tail off, as a power cut may: a prefix of whole batches survives."""
+def test_r12_rocks_recovers_a_prefix_after_a_torn_log(tmp_path: Path) -> None:
+    """A store whose last log record is torn opens with a prefix of what was written.
+
+    Cut the log's tail off, as a power cut may: a prefix of whole batches survives.
+    """
     path = tmp_path / "kv"
     done = subprocess.run(
         [sys.executable, "-c", _DIES, str(path)], capture_output=True, text=True, timeout=20
@@ -222,7 +225,8 @@ def test_rocks_sync_error_is_final(tmp_path: Path) -> None:
     assert bad.syncs == 1
 
 
-def test_rocks_full_disk_has_its_own_code(tmp_path: Path) -> None:
+def test_s11_rocks_full_disk_has_its_own_code(tmp_path: Path) -> None:
+    """A full disk under the row store is NO_SPACE, and old rows stay."""
     store, _ = _with_failing_disk(
         tmp_path, "IO error: No space left on device: While appending to file: 000004.log"
     )
@@ -246,8 +250,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(where)], check=True)
 
 
-def test_rocks_full_disk_for_real(small_disk: Path) -> None:
-    """Old data stays readable, and with room again the store goes on without a restart."""
+def test_s11_rocks_full_disk_for_real(small_disk: Path) -> None:
+    """A really full file system under the row store is NO_SPACE, and old rows stay.
+
+    Old data stays readable, and with room again the store goes on without a restart.
+    """
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(8 << 20))
     store = RocksStore(str(small_disk / "kv"), write_buffer_bytes=1 << 20)

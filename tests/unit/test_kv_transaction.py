@@ -255,7 +255,8 @@ def test_random_transactions_see_their_own_writes(store: OrderedStore) -> None:
     live(store, work)
 
 
-def test_bank_sum_is_constant_for_every_reader(store: OrderedStore) -> None:
+def test_o5_bank_sum_is_constant_for_every_reader(store: OrderedStore) -> None:
+    """In a storm of conflicting transactions every reader sees a consistent sum."""
     accounts, dice = 8, random.Random(1)
 
     async def work(engine: Engine) -> None:
@@ -299,7 +300,8 @@ def test_too_old_when_history_is_forgotten(store: OrderedStore) -> None:
     live(store, work, history_keys_max=10)
 
 
-def test_retries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_o5_retries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that always conflicts is given up after a bounded number of tries."""
     monkeypatch.setattr("emberfs.kv.transaction.TRIES_MAX", 3)
     store, tries = MemoryStore(), []
 

@@ -186,7 +186,9 @@ def test_opening_with_truncation(how: str) -> None:
     play(scene)
 
 
-def test_unfinished_trim_is_resumed_after_a_restart() -> None:
+def test_o6_unfinished_trim_is_resumed_after_a_restart() -> None:
+    """A truncation that a restart interrupted is finished."""
+
     async def scene(w: World) -> None:
         f = await w.create(b"f")
         w.chunks.put(f.id, CHUNK, CHUNK)
@@ -303,7 +305,9 @@ def test_closing_keeps_a_named_file() -> None:
     play(scene)
 
 
-def test_chunks_go_only_after_the_deletion_is_stable() -> None:
+def test_s1_o6_chunks_go_only_after_the_deletion_is_stable() -> None:
+    """Chunks of a deleted file go only after the deletion is stable."""
+
     async def scene(w: World) -> None:
         f = await w.file(b"f")
         await w.unlink(b"f")
@@ -323,7 +327,9 @@ def test_chunks_go_only_after_the_deletion_is_stable() -> None:
     play(scene)
 
 
-def test_collection_is_retried_and_survives_a_restart() -> None:
+def test_o6_o20_collection_is_retried_and_survives_a_restart() -> None:
+    """Collection of deleted files is taken up again after failures and restarts."""
+
     async def scene(w: World) -> None:
         made = [await w.file(b"f%d" % i) for i in range(200)]
         for i, f in enumerate(made):
@@ -350,7 +356,9 @@ def test_collection_is_retried_and_survives_a_restart() -> None:
     play(scene)
 
 
-def test_a_late_cut_cannot_bring_a_deleted_chunk_back() -> None:
+def test_s2_o11_a_late_cut_cannot_bring_a_deleted_chunk_back() -> None:
+    """A late truncation cannot bring a deleted chunk back."""
+
     async def scene(w: World) -> None:
         f = await w.create(b"f")
         w.chunks.put(f.id, CHUNK)
@@ -374,7 +382,9 @@ def test_a_late_cut_cannot_bring_a_deleted_chunk_back() -> None:
     play(scene)
 
 
-def test_sessions_of_vanished_clients_end_after_the_grace_time() -> None:
+def test_c9_o20_sessions_of_vanished_clients_end_after_the_grace_time() -> None:
+    """Sessions of clients that vanished end after the grace time, and their files are collected."""
+
     async def scene(w: World) -> None:
         sweeper = SessionSweeper(
             w.env, w.engine, w.context.collector, lambda: w.routing, 30 * SECOND

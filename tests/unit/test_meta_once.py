@@ -79,7 +79,9 @@ CALLS: dict[str, Call] = {
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_retry_answers_the_same_and_does_nothing_twice(name: str, restart: bool) -> None:
+def test_c9_a_retry_answers_the_same_and_does_nothing_twice(name: str, restart: bool) -> None:
+    """Every metadata call that is repeated answers the same and does nothing twice."""
+
     async def scene(w: World) -> None:
         f = await w.create(b"f")
         await w.settle(f.id, length=100)
@@ -111,7 +113,9 @@ def test_retries_of_a_close_that_collected_the_file() -> None:
     play(scene)
 
 
-def test_duplicates_in_flight_at_the_same_time(yielding: None) -> None:
+def test_c9_duplicates_in_flight_at_the_same_time(yielding: None) -> None:
+    """Two copies of one call at the same time have one effect."""
+
     async def scene(w: World) -> None:
         request = calls.MknodRequest(ROOT, ID, ROOT_INODE, b"new", stat.S_IFDIR | 0o755)
         answers = await asyncio.gather(*(namespace.mknod(w.context, request) for _ in range(5)))
@@ -142,7 +146,9 @@ def test_failed_calls_are_not_remembered() -> None:
     play(scene)
 
 
-def test_replies_are_forgotten_after_their_time_and_not_before() -> None:
+def test_o22_replies_are_forgotten_after_their_time_and_not_before() -> None:
+    """Remembered replies are forgotten after their time: the store stays bounded."""
+
     async def scene(w: World) -> None:
         for i in range(BATCH_ROWS + 10):
             await w.file(b"old%d" % i)
@@ -183,8 +189,11 @@ def yielding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_storm_keeps_every_invariant(yielding: None, seed: int) -> None:
-    """Few names, many callers, every kind of call; `play` checks the records afterwards."""
+def test_o5_o11_storm_keeps_every_invariant(yielding: None, seed: int) -> None:
+    """A storm of conflicting metadata calls keeps every invariant of the tree.
+
+    Few names, many callers, every kind of call; `play` checks the records afterwards.
+    """
     dice = random.Random(seed)
     names = [b"a", b"b", b"c"]
 
@@ -250,7 +259,9 @@ def _mode(value: bytes) -> int:
 # ---------------------------------------------------------------- first start, crashes
 
 
-def test_a_store_of_another_cluster_is_refused() -> None:
+def test_r11_a_store_of_another_cluster_is_refused() -> None:
+    """A metadata store of another cluster is refused at the start."""
+
     async def scene(w: World) -> None:
         other = open_file_system(w.engine, "other", uid=0, gid=0, now_ns=1)
         await fails(Code.WRONG_CLUSTER, other)
@@ -274,8 +285,11 @@ def test_corrupt_records_are_one_clear_error() -> None:
     play(scene)
 
 
-def test_a_power_cut_leaves_a_state_that_holds_together() -> None:
-    """Whatever suffix of the transactions is lost."""
+def test_r12_a_power_cut_leaves_a_state_that_holds_together() -> None:
+    """A power cut at any point leaves a tree that holds together.
+
+    Whatever suffix of the transactions is lost.
+    """
 
     async def scene(w: World) -> None:
         dice = random.Random(5)

@@ -121,8 +121,10 @@ def test_reachable_chains_have_a_complete_replica(replicas: int) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("stale", [ON, UP])
-def test_no_state_is_without_an_exit(replicas: int, stale: LocalState) -> None:
-    """Once all are healthy and filling ends, the chain serves in full after a few steps.
+def test_r2_r8_no_state_is_without_an_exit(replicas: int, stale: LocalState) -> None:
+    """From every state of a chain there is a way back to serving with all replicas.
+
+    Once all are healthy and filling ends, the chain serves in full after a few steps.
 
     `stale` is what those say that are not being filled: an old UPTODATE must not hold them back.
     """
@@ -137,7 +139,8 @@ def test_no_state_is_without_an_exit(replicas: int, stale: LocalState) -> None:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_whoever_returns_first_brings_the_chain_back(replicas: int) -> None:
+def test_r7_whoever_returns_first_brings_the_chain_back(replicas: int) -> None:
+    """After an outage of all, whichever complete replica returns first brings the chain back."""
     chain = make([S] * replicas)
     down = next_chain(chain, {m.target: OFF for m in chain.targets})
     assert those(down, L) == [m.target for m in chain.targets]

@@ -175,7 +175,8 @@ def test_returning_node_is_filled_and_serves_again() -> None:
     assert world.states() == [(2, S), (3, S), (1, S)]
 
 
-def test_fast_restart_keeps_serving() -> None:
+def test_r5_fast_restart_keeps_serving() -> None:
+    """A restart within the lease costs no replica its state."""
     world = three()
     version = world.version()
     world.now_ns += 100 * MS
@@ -244,7 +245,8 @@ def test_after_a_power_cut_hosts_may_have_new_names() -> None:
     assert isinstance(refused, Refused), "but who has been heard is alive"
 
 
-def test_total_outage_any_replica_returns_first() -> None:
+def test_r7_total_outage_any_replica_returns_first() -> None:
+    """When all replicas died at once, any of them may return first."""
     for first in (1, 2, 3):
         world = three()
         world.run(6)
@@ -264,7 +266,8 @@ def test_total_outage_any_replica_returns_first() -> None:
         assert sorted(world.states()) == [(1, S), (2, S), (3, S)]
 
 
-def test_last_one_standing_holds_the_chain() -> None:
+def test_r7_last_one_standing_holds_the_chain() -> None:
+    """A replica that missed writes does not serve before the last one that took them."""
     world = three()
     world.run(6, 2, 3)
     world.run(6, 3)
@@ -291,7 +294,8 @@ def test_target_asks_for_recovery() -> None:
     assert world.states() == [(2, S), (3, S), (1, O)]
 
 
-def test_stubborn_old_offline_is_believed_in_the_end() -> None:
+def test_r1_r7_stubborn_old_offline_is_believed_in_the_end() -> None:
+    """A target that insists on being offline does not hold its chain for ever."""
     world = three()
     world.beat(2, report(201, OFF, 1))
     version = world.version()
@@ -304,7 +308,8 @@ def test_stubborn_old_offline_is_believed_in_the_end() -> None:
     assert world.states() == [(3, S), (2, O), (1, O)]
 
 
-def test_restart_keeps_chains_and_versions_rise() -> None:
+def test_r4_restart_keeps_chains_and_versions_rise() -> None:
+    """A restart of mgmtd keeps the chains, and versions rise."""
     world = three()
     world.run(2, 1, 2, 3)
     before = world.now
@@ -331,7 +336,8 @@ def test_missing_node_after_restart_is_declared_dead() -> None:
     assert again.states() == [(2, S), (3, S), (1, O)]
 
 
-def test_own_pause_kills_nobody() -> None:
+def test_r10_own_pause_kills_nobody() -> None:
+    """A mgmtd that was paused itself declares nobody dead for it."""
     world = three()
     world.run(1, 1, 2, 3)
     world.now_ns += 60 * SECOND

@@ -149,7 +149,9 @@ def test_change_is_pushed_at_once(tmp_path: Path) -> None:
     run(story)
 
 
-def test_slow_watcher_gets_the_latest_only(tmp_path: Path) -> None:
+def test_o9_slow_watcher_gets_the_latest_only(tmp_path: Path) -> None:
+    """A watcher that does not read gets the latest routing only: nothing piles up for it."""
+
     async def story() -> None:
         settings = config(tmp_path, lease_s=5.0)
         async with running(settings) as server, connected(server) as control:
@@ -351,10 +353,13 @@ def test_stored_state_is_read_back() -> None:
     run(story)
 
 
-def test_nothing_is_published_before_it_is_stored(
+def test_r4_r10_nothing_is_published_before_it_is_stored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While the disk fails callers wait; when it is well again, all goes on (R10)."""
+    """No routing is published before it is stored.
+
+    While the disk fails callers wait; when it is well again, all goes on (R10).
+    """
 
     async def story() -> None:
         memory = MemoryStore()

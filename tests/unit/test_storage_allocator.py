@@ -51,7 +51,8 @@ def test_positions_pack_and_unpack() -> None:
     assert not is_position(position | 1)  # groups of the largest class have one block
 
 
-def test_random_life_against_a_set() -> None:
+def test_s1_random_life_against_a_set() -> None:
+    """In a long random life no block has two owners and none leaks."""
     dice = random.Random(5)
     allocator, owned, taken = Allocator(), set[int](), set[int]()
     for _ in range(4000):
@@ -86,7 +87,8 @@ def test_random_life_against_a_set() -> None:
     assert allocator.used_bytes == sum(map(block_bytes, owned | taken))
 
 
-def test_preview_changes_nothing_and_refuses_two_owners() -> None:
+def test_s1_preview_changes_nothing_and_refuses_two_owners() -> None:
+    """Blocks with two owners are refused when the allocator is built."""
     allocator = Allocator()
     allocator.add_group(0, 0)
     position = allocator.take(0)

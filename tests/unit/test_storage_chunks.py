@@ -89,7 +89,8 @@ class RealWorldEnv:
         return ChunkStore.open(RealEnv(), str(self.path))
 
 
-def test_random_life_on_a_real_disk(tmp_path: Path) -> None:
+def test_s1_r12_random_life_on_a_real_disk(tmp_path: Path) -> None:
+    """A random life with restarts on a real disk equals its model; no block is owned twice."""
     world = World(RealWorldEnv(tmp_path / "t", 1))  # type: ignore[arg-type]
     for _ in range(3):
         world.run(60, flushes=0.03)
@@ -135,7 +136,7 @@ def test_what_a_pending_version_shows(tmp_path: Path) -> None:
         assert state.version == 1
 
 
-def test_remove_of_a_chunk_that_is_only_pending(tmp_path: Path) -> None:
+def test_s6_remove_of_a_chunk_that_is_only_pending(tmp_path: Path) -> None:
     """S6: the pending write is superseded and nothing of it stays."""
     with opened(tmp_path / "t") as store:
         store.prepare(
@@ -185,7 +186,8 @@ def flip(path: Path, name: str, offset: int) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-def test_a_flipped_bit_is_found_and_healed(tmp_path: Path) -> None:
+def test_o14_a_flipped_bit_is_found_and_healed(tmp_path: Path) -> None:
+    """A flipped bit is found when it is read, and healed by a replacement."""
     data = random.Random(1).randbytes(MiB)
     with opened(tmp_path / "t") as store:
         put(store, data)
@@ -246,8 +248,11 @@ def test_list_in_pages_shows_pending_and_agrees_on_digests(tmp_path: Path) -> No
         assert len(one.list(b"", stop, 0)[0]) == 2
 
 
-def test_a_small_target_fills_up_and_frees(tmp_path: Path) -> None:
-    """S8, S10, S11: several classes, a full target, space comes back after removal."""
+def test_s8_s10_s11_a_small_target_fills_up_and_frees(tmp_path: Path) -> None:
+    """A full target says so, keeps its data, and has room again after removals.
+
+    Several classes, a full target, space comes back after removal.
+    """
     with opened(tmp_path / "t", capacity_bytes=4 * MiB) as store:
         chunks = [pack_chunk_id(InodeId(9), n) for n in range(4)]
         for chunk in chunks[:3]:
@@ -267,7 +272,8 @@ def test_a_small_target_fills_up_and_frees(tmp_path: Path) -> None:
         assert store.capacity_bytes > 4 * MiB
 
 
-def test_failed_sync_is_final() -> None:
+def test_s11_failed_sync_is_final() -> None:
+    """After a failed sync nothing is claimed to be stable any more."""
     env = FakeEnv(3)
     store = env.open()
     put(store, b"abc")
@@ -346,8 +352,11 @@ def test_small_writes_are_not_amplified(tmp_path: Path) -> None:
         assert 1.5 < ratio <= 3, ratio
 
 
-def test_readers_see_whole_versions_while_everything_moves(tmp_path: Path) -> None:
-    """S2, S4: readers, a writer and flushes at once; every read is exactly one version."""
+def test_s2_s3_s4_readers_see_whole_versions_while_everything_moves(tmp_path: Path) -> None:
+    """Readers see whole versions while chunks are written, moved and removed.
+
+    Readers, a writer and flushes at once; every read is exactly one version.
+    """
     dice = random.Random(6)
     contents: dict[int, bytes] = {}
     stopping, problems = threading.Event(), list[BaseException]()
@@ -419,7 +428,8 @@ for number in range(1, 100000):
 """
 
 
-def test_kill_nine_loses_nothing_acknowledged(tmp_path: Path) -> None:
+def test_r12_o6_kill_nine_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    """kill -9 of a process loses nothing that was acknowledged."""
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "t")], stdout=subprocess.PIPE
     )

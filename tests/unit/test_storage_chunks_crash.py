@@ -79,17 +79,20 @@ def crash_lives(seeds: range, **options: float) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
-def test_power_cut_keeps_everything_flushed(first: int) -> None:
+def test_s1_r12_o6_power_cut_keeps_everything_flushed(first: int) -> None:
+    """A power cut between any two disk operations keeps everything that was flushed."""
     crash_lives(range(first, first + 50), power=1)
 
 
 @pytest.mark.parametrize("first", range(0, 100, 50))
-def test_process_crash_loses_nothing(first: int) -> None:
+def test_s1_o6_process_crash_loses_nothing(first: int) -> None:
+    """Death between any two disk operations loses nothing; no block is owned twice or leaked."""
     crash_lives(range(first, first + 50), power=0)
 
 
 @pytest.mark.parametrize("first", range(0, 100, 50))
-def test_power_cuts_and_process_crashes_in_turns(first: int) -> None:
+def test_s1_r12_o6_power_cuts_and_process_crashes_in_turns(first: int) -> None:
+    """Crashes of both kinds in turns, also during recovery itself."""
     crash_lives(range(first, first + 50), power=0.5)
 
 
@@ -108,7 +111,7 @@ def fails_for_space(world: World) -> bool:
     return False
 
 
-def test_full_disk_at_every_write_point() -> None:
+def test_s11_full_disk_at_every_write_point() -> None:
     """S11: whatever write meets ENOSPC, committed content stays and the caller hears NO_SPACE."""
     heard = 0
     for seed in range(100):

@@ -506,7 +506,8 @@ def run_history(seed: int, count: int) -> Cluster:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("start", range(0, 60, 20))
-def test_random_histories(count: int, start: int) -> None:
+def test_r1_r2_o7_random_histories(count: int, start: int) -> None:
+    """Random histories of a chain with crashes at every step stay linearizable and converge."""
     for seed in range(start, start + 20):
         try:
             run_history(seed, count)

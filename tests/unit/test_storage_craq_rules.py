@@ -68,7 +68,8 @@ def arrive(machine: ChunkMachine, update: UpdateRequest, key: int = 1) -> list[e
     return effects
 
 
-def test_a_write_is_durable_here_before_it_is_sent_and_committed_after_the_successor() -> None:
+def test_o7_a_write_is_durable_here_before_it_is_sent_and_committed_after_the_successor() -> None:
+    """A write is committed only after the successor has committed it."""
     machine = ChunkMachine(view(), state(4))
     (prepare,) = arrive(machine, request())
     assert (prepare.version, prepare.commit) == (5, False)
@@ -228,7 +229,8 @@ def test_a_leftover_that_cannot_be_finished_fails_who_waits_behind_it() -> None:
     assert machine.idle
 
 
-def test_late_duplicates_after_a_removal() -> None:
+def test_c10_s5_late_duplicates_after_a_removal() -> None:
+    """A late duplicate does not bring a removed chunk back."""
     machine = ChunkMachine(view(successor=NOBODY), state(4, None, (RememberedWrite(9, 1, 7, 4),)))
     arrive(machine, request(REMOVE, client=5))
     machine.handle(ev.Committed(None), 0)

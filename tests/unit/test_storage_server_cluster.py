@@ -352,7 +352,9 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_writes_go_on_when_a_replica_dies(tmp_path: Path, victim: int) -> None:
+def test_r9_writes_go_on_when_a_replica_dies(tmp_path: Path, victim: int) -> None:
+    """Writes go on when any replica of the chain dies."""
+
     async def body(cluster: ClusterUnderTest) -> None:
         dead = cluster.nodes[victim]
         rest = [node for node in cluster.nodes if node is not dead]
@@ -378,7 +380,9 @@ def test_writes_go_on_when_a_replica_dies(tmp_path: Path, victim: int) -> None:
     run(tmp_path, body)
 
 
-def test_a_target_is_filled_while_writes_go_on(tmp_path: Path) -> None:
+def test_r3_r6_a_target_is_filled_while_writes_go_on(tmp_path: Path) -> None:
+    """A target is filled while writes go on, and is then byte-equal."""
+
     async def body(cluster: ClusterUnderTest) -> None:
         first, second, third = cluster.nodes
         source = random.Random(3)
@@ -419,8 +423,11 @@ def test_a_target_is_filled_while_writes_go_on(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
-def test_killed_between_pending_and_committed(tmp_path: Path) -> None:
-    """R1: the tail has committed, its predecessors have not; they come back and converge."""
+def test_r1_killed_between_pending_and_committed(tmp_path: Path) -> None:
+    """Each replica killed between pending and committed: the chain converges when it is back.
+
+    The tail has committed, its predecessors have not; they come back and converge.
+    """
 
     async def body(cluster: ClusterUnderTest) -> None:
         first, second, third = cluster.nodes
@@ -450,7 +457,9 @@ def test_killed_between_pending_and_committed(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
-def test_damage_is_repaired_from_another_replica(tmp_path: Path) -> None:
+def test_o14_o7_damage_is_repaired_from_another_replica(tmp_path: Path) -> None:
+    """A damaged block is served and repaired from another replica."""
+
     async def body(cluster: ClusterUnderTest) -> None:
         head = cluster.nodes[0]
         data = random.Random(5).randbytes(200_000)
