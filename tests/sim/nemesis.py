@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from emberfs.proto.cluster import PublicState
 from emberfs.proto.ids import SECOND
 from sim.cluster import World
 from sim.machine import Machine
@@ -46,6 +47,20 @@ MOODS = {
             messages=True,
         ),
         Mood("outage", ("kill all storage", "power cut of one", "kill storage"), messages=True),
+        Mood(
+            "aimed",
+            (
+                "die at an answer",
+                "strike at recovery",
+                "client and server",
+                "kill storage",
+                "reset",
+            ),
+            overlap=True,
+            messages=True,
+        ),
+        # One power cut of everything, amid the load; what was flushed must be there afterwards.
+        Mood("blackout", ("blackout", "kill storage", "die between disk operations")),
     )
 }
 
@@ -91,6 +106,7 @@ class Nemesis:
     def heal(self) -> None:
         """End every fault; start what is down."""
         world = self.world
+        world.network.deadly.clear()
         for link in world.network.links.values():
             link.cut, link.slow_factor = False, 1.0
         for machine in world.machines.values():
@@ -148,6 +164,10 @@ class Nemesis:
             "disk errors": self._disk_errors,
             "slow disk": self._slow_disk,
             "kill all storage": self._kill_all,
+            "die at an answer": self._die_at_answer,
+            "strike at recovery": self._strike_at_recovery,
+            "client and server": self._kill_both,
+            "blackout": self._blackout,
         }[kind]
         try:
             await action(victim)
@@ -220,7 +240,62 @@ class Nemesis:
         victim.power_on()
         self.revive(victim)
 
+    async def _blackout(self, victim: Machine) -> None:
+        """Once in a run: the power of all storage nodes fails in the same instant."""
+        if self.load.cut_ns:
+            return
+        self.load.cut_ns = self.world.loop.now_ns()
+        for machine in self.world.storage:
+            machine.power_cut()
+        order = list(self.world.storage)
+        self.dice.shuffle(order)
+        for machine in order:
+            await asyncio.sleep(self._some_seconds() / 3)
+            machine.power_on()
+            self.revive(machine)
+
+    async def _die_at_answer(self, victim: Machine) -> None:
+        """It dies with an update done and not answered; often back before anybody notices."""
+        self.world.network.deadly[victim.name] = self.dice.randint(1, 8)
+        for _ in range(30):
+            await asyncio.sleep(0.1)
+            if not victim.running:
+                break
+        self.world.network.deadly.pop(victim.name, None)
+        victim.kill()
+        await asyncio.sleep(self._some_seconds() / 2)
+        self.revive(victim)
+
+    async def _strike_at_recovery(self, victim: Machine) -> None:
+        """Kill a member of a chain while one of its targets is being filled."""
+        if victim.running:
+            victim.kill()
+            await asyncio.sleep(7)  # longer than a lease: it will have to be filled
+            self.revive(victim)
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            snapshot = self.world.primary_snapshot()
+            chains = snapshot.chains.values() if snapshot is not None else ()
+            if any(t.state == PublicState.SYNCING for chain in chains for t in chain.targets):
+                break
+        other = self.dice.choice(self.world.storage)
+        other.kill()
+        await asyncio.sleep(self._some_seconds() / 2)
+        self.revive(other)
+
+    async def _kill_both(self, victim: Machine) -> None:
+        """A client dies together with the server of what it writes."""
+        client = self.dice.choice(self.world.clients)
+        victim.kill()
+        client.kill()
+        await asyncio.sleep(self._some_seconds() / 2)
+        self.revive(client)
+        self.revive(victim)
+
     async def _blank(self, victim: Machine) -> None:
+        """Only while everybody is complete: what nobody else has would be lost, and may be."""
+        while not self.world.complete():
+            await asyncio.sleep(0.5)
         victim.kill()
         victim.disk.wipe()
         await asyncio.sleep(self._some_seconds())

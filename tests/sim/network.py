@@ -26,7 +26,7 @@ from emberfs.fabric.endpoint import parse
 from emberfs.fabric.region import Buffer, Slice, view_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, US
-from sim.loop import PROCESS, Process, SimLoop
+from sim.loop import PROCESS, Killed, Process, SimLoop
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ class Network:
         self.counts: Counter[str] = Counter()
         self.internal_errors: list[str] = []
         self.down: set[str] = set()  # machines without power
+        self.deadly: dict[str, int] = {}  # machine -> answers to writes until it dies before one
         self._ports = 0
         self._numbers = 0
 
@@ -359,12 +360,26 @@ class SimPeer:
                 answer = await self._perform(host, call)
         except TimeoutError:
             answer = EmberfsError(Code.TIMEOUT, f"{host.name}: not done in time")
+        if request.sources:
+            self._die_perhaps()
         contents = [bytes(s[:n]) for s, n in zip(call.sinks, call.filled, strict=True)]
         delay_ns = self._network.transit_ns(self.there, self.here)
         if delay_ns is not None:
             self._network.later(
                 delay_ns, self.owner, self._answered, request.number, answer, call.filled, contents
             )
+
+    def _die_perhaps(self) -> None:
+        """At the worst moment: all is done, and nobody is told."""
+        deadly = self._network.deadly
+        if self.there not in deadly:
+            return
+        deadly[self.there] -= 1
+        if deadly[self.there] <= 0:
+            del deadly[self.there]
+            self._network.counts["death before an answer"] += 1
+            self.listener.process.kill()
+            raise Killed
 
     async def _perform(self, host: Any, call: SimCall) -> bytes | EmberfsError:
         if host.draining:

@@ -19,11 +19,12 @@ from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import SECOND
 from sim import loop as simloop
 from sim.check_blocks import check_findings
+from sim.check_durable import after_cut, check_durable
 from sim.check_linear import check_linear
 from sim.check_replicas import ChunkState, Replica, check_replicas
 from sim.check_versions import check_versions
 from sim.cluster import Shape, World
-from sim.history import History
+from sim.history import History, Op
 from sim.nemesis import MOODS, Mood, Nemesis
 from sim.violation import Violation, report
 from sim.workload import Workload
@@ -130,11 +131,18 @@ def _states(world: World) -> str:
 
 def _judge(world: World, load: Workload, outcome: Outcome, mood: Mood, healed_ns: int) -> None:
     found, history = outcome.violations, load.history
-    verdict = check_linear(history)
-    found += verdict.violations
-    outcome.undecided = len(verdict.undecided)
+    for some in _spans(history, load.cut_ns):
+        verdict = check_linear(some)
+        found += verdict.violations
+        outcome.undecided += len(verdict.undecided)
+    if load.cut_ns:
+        found += check_durable(history, load.cut_ns)
     found += check_versions(world.seen)
-    found += check_replicas(_replicas(world))
+    damaged: list[str] = []
+    replicas = _replicas(world, damaged)
+    if damaged and "rot" in mood.faults:  # nobody has read it since
+        replicas, damaged = [], []
+    found += check_replicas(replicas) + [Violation("damaged", text) for text in damaged]
     found += check_findings(_findings(world))
     found += [Violation("internal error", text) for text in world.network.internal_errors]
     found += [
@@ -153,7 +161,19 @@ def _judge(world: World, load: Workload, outcome: Outcome, mood: Mood, healed_ns
     outcome.digest = state.hexdigest()
 
 
-def _replicas(world: World) -> list[Replica]:
+def _spans(history: History, cut_ns: int) -> list[list[Op]]:
+    """What check_linear has to see: all, or what came before and after a power cut."""
+    if not cut_ns:
+        return [list(history)]
+    before = [
+        op
+        for op in history
+        if op.start_ns < cut_ns and (op.kind != "read" or (op.end_ns or cut_ns) < cut_ns)
+    ]
+    return [before, after_cut(history, cut_ns)]
+
+
+def _replicas(world: World, damaged: list[str]) -> list[Replica]:
     snapshot = world.primary_snapshot()
     if snapshot is None:
         return []
@@ -168,11 +188,12 @@ def _replicas(world: World) -> list[Replica]:
                 continue
             serving = state == PublicState.SERVING
             pending = hosted.store.pending_chunks()
-            found.append(Replica(chain, target, serving, _chunks(hosted.store), pending))
+            found.append(Replica(chain, target, serving, _chunks(hosted.store, damaged), pending))
     return found
 
 
-def _chunks(store: object) -> dict[bytes, ChunkState]:
+def _chunks(store: object, damaged: list[str]) -> dict[bytes, ChunkState]:
+    """Read all chunks; those that cannot be read are described in `damaged`."""
     rows, _ = store.list(b"", b"\xff" * 20, 1000)  # type: ignore[attr-defined]
     found = {}
     for row in rows:

@@ -51,6 +51,7 @@ class Workload:
         self.history = History()
         self.places = places(world.shape.chains, world.shape.clients)
         self.stopping = False
+        self.cut_ns = 0  # when the power of all storage failed; 0: never
         self.errors: list[tuple[int, str]] = []  # what clients were told: when, what
         self._dice = random.Random(world.dice.random())
         self._clients = 0
@@ -131,7 +132,7 @@ class _Client:
         op = self._history.begin(
             self._number, "read", place.key, offset, length, self._loop.now_ns()
         )
-        sink = memoryview(bytearray(length))
+        sink = memoryview(bytearray(b"\xee" * length))  # what nobody fills shows
         try:
             await self._chunkio.read(place.inode, place.layout, offset, sink, timeout_ns=TIMEOUT_NS)
         except EmberfsError as problem:
