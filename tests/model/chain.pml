@@ -134,6 +134,11 @@ bit rd; byte rdat; byte rdk; byte rdtail; byte rdlo; byte rdmask;
 byte gver = 1; byte gval = 0;              /* newest version that anybody was told of */
 byte gack = 0;                             /* updates acknowledged */
 byte crashes = CRASHES, cuts = CUTS, timeouts = TIMEOUTS, giveups = GIVEUPS;
+hidden byte todo;                          /* what the step goes on with */
+#define MOVE 1
+#define COMMIT 2
+#define FINISH 3
+#define LOSE 4
 byte a, b, n;                              /* scratch, always 0 between steps */
 bit good = 0;
 
@@ -341,9 +346,9 @@ inline forward(i) {
 /* ChunkMachine._move_on: the update is pending here; what does the chain want next? */
 inline move_on(i) {
     if
-    :: LOST_PLACE(i) -> finish_failed(i)
-    :: !LOST_PLACE(i) && SUCC(i, rv[i]) == NONE -> do_commit(i); finish_ok(i)
-    :: else -> forward(i)
+    :: LOST_PLACE(i) -> todo = LOSE
+    :: !LOST_PLACE(i) && SUCC(i, rv[i]) == NONE -> todo = COMMIT
+    :: else -> todo = 0; forward(i)
     fi
 }
 
@@ -361,16 +366,14 @@ inline take(i, kind_, ver_, val_, id_) {
 inline prepared(i) {
     if
     :: op[i].commit ->
-        check_commit(i, op[i].ver, op[i].val);
-        cver[i] = op[i].ver; cval[i] = op[i].val; pver[i] = 0; pval[i] = 0; pwhole[i] = 0;
-        finish_ok(i)
+        pver[i] = op[i].ver; pval[i] = op[i].val; todo = COMMIT      /* in one batch */
     :: else ->
         pver[i] = op[i].ver; pval[i] = op[i].val; pwhole[i] = (op[i].kind == REPLACE);
         op[i].ver = 0; op[i].val = 0;
 #ifdef MUT_COMMIT_FIRST
         cver[i] = pver[i]; cval[i] = pval[i];
 #endif
-        move_on(i)
+        todo = MOVE
     fi
 }
 
@@ -380,14 +383,14 @@ inline begin_client(i, id_) {
     op[i].id = id_;
     if
 #ifdef MUT_FORGET_SEQUENCE
-    :: !forgot[i] && HAS(cval[i], id_) -> finish_ok(i)
-    :: !forgot[i] && !HAS(cval[i], id_) && NEWER_IN(cval[i], id_) -> finish_failed(i)
+    :: !forgot[i] && HAS(cval[i], id_) -> todo = FINISH
+    :: !forgot[i] && !HAS(cval[i], id_) && NEWER_IN(cval[i], id_) -> todo = LOSE
 #elif defined(MUT_NO_DEDUPE)
 #elif defined(MUT_NO_SUPERSEDE)
-    :: HAS(cval[i], id_) -> finish_ok(i)
+    :: HAS(cval[i], id_) -> todo = FINISH
 #else
-    :: HAS(cval[i], id_) -> finish_ok(i)
-    :: !HAS(cval[i], id_) && NEWER_IN(cval[i], id_) -> finish_failed(i)     /* SUPERSEDED */
+    :: HAS(cval[i], id_) -> todo = FINISH
+    :: !HAS(cval[i], id_) && NEWER_IN(cval[i], id_) -> todo = LOSE     /* SUPERSEDED */
 #endif
     :: else ->
         assert(!HAS(cval[i], id_));                 /* (4) exactly once, */
@@ -402,7 +405,7 @@ inline begin_hop(i, s) {
     if
     :: AT(i, s).kind == REPLACE -> take(i, REPLACE, AT(i, s).ver, AT(i, s).val, 0)
     :: AT(i, s).kind == CHANGE && AT(i, s).ver == cver[i] && LAST(cval[i]) == AT(i, s).id ->
-        finish_ok(i)                                /* its answer was lost on the way */
+        todo = FINISH                                /* its answer was lost on the way */
     :: AT(i, s).kind == CHANGE && !(AT(i, s).ver == cver[i] && LAST(cval[i]) == AT(i, s).id) && AT(i, s).ver != cver[i] + 1 ->
         if
         :: AT(i, s).live -> ans[AT(i, s).from] = GAP
@@ -411,7 +414,7 @@ inline begin_hop(i, s) {
         op[i].live = 0; clear_op(i)
     :: AT(i, s).kind == CHANGE && AT(i, s).ver == cver[i] + 1 && pver[i] == AT(i, s).ver && LAST(pval[i]) == AT(i, s).id ->
         op[i].kind = CHANGE; op[i].serving = SERVES(i, rv[i]); op[i].whole = pwhole[i];
-        move_on(i)
+        todo = MOVE
     :: else ->
         take(i, CHANGE, AT(i, s).ver, APPLY(cval[i], AT(i, s).id), AT(i, s).id)
     fi
@@ -425,7 +428,9 @@ inline begin_hop(i, s) {
 
 /* forward.ReplaceOrder.admit: what this REPLACE overtakes will be refused. */
 inline overtake(i, s) {
-#ifndef MUT_NO_REPLACE_ORDER
+#ifdef MUT_NO_REPLACE_ORDER
+    skip
+#else
     a = 0;
     do
     :: a < SLOTS ->
@@ -456,11 +461,6 @@ inline overtake(i, s) {
 #define HOP_REFUSED(i, s) (AT(i, s).kind && (TOO_OLD(i, AT(i, s).cv) || \
     (ADMITS(i, AT(i, s).cv) && !WRITABLE(i, rv[i]))))
 
-inline arrive(i, s) {
-    overtake(i, s);
-    begin_hop(i, s);
-    drop(i, s)
-}
 inline join(i, s) {
     if
     :: AT(i, s).live -> op[i].live = 1; op[i].from = AT(i, s).from
@@ -506,8 +506,8 @@ inline adopt(i, k) {
     rv[i] = k;
     if
     :: op[i].ph == FORWARD && (op[i].to != SUCC(i, rv[i]) || LOST_PLACE(i)) ->
-        cancel(i); move_on(i)
-    :: op[i].ph == PAUSE -> move_on(i)
+        cancel(i); todo = MOVE
+    :: op[i].ph == PAUSE -> todo = MOVE
     :: else
     fi;
     trim()
@@ -610,16 +610,6 @@ inline evaluate(fresh) {
     trim()
 }
 
-/* Registered or HeartbeatArrived after the lease had run out; the answer names the routing. */
-inline enter(i) {
-    alive[i] = 1;
-    evaluate(NONE);
-    lease[i] = 1;
-#ifndef MUT_NO_NEEDS_VERSION
-    needs[i] = cur
-#endif
-}
-
 /* ---------------------------------------------------------------- processes */
 
 #ifdef MUT_NOT_SETTLED
@@ -629,8 +619,10 @@ inline enter(i) {
 #endif
 #ifdef BUG_SUCCESSOR_UNSETTLED
 #define SETTLED_THERE(s) 1
-#else
+#define CLEAN_THERE(s) 1
+#else                      /* service.sync: nothing of before is in work or pending there */
 #define SETTLED_THERE(s) (op[s].ph == IDLE)
+#define CLEAN_THERE(s) (pver[s] == 0)
 #endif
 #ifdef MUT_UPTODATE_ANY_VERSION
 #define UPTODATE(i) (completed[i] != 0)
@@ -638,224 +630,10 @@ inline enter(i) {
 #define UPTODATE(i) (completed[i] == rv[i] && rv[i] == cur)
 #endif
 
-proctype Replica(byte i) {
-    byte s;
-end:
-    do
-    /* messages from the predecessor, in any order */
-    :: d_step { up[i] && HOP_READY(i, 0) -> arrive(i, 0) }
-    :: d_step { up[i] && HOP_READY(i, 1) -> arrive(i, 1) }
-    :: d_step { up[i] && HOP_TWIN(i, 0) -> join(i, 0) }
-    :: d_step { up[i] && HOP_TWIN(i, 1) -> join(i, 1) }
-    :: d_step { up[i] && HOP_REFUSED(i, 0) -> refuse(i, 0) }
-    :: d_step { up[i] && HOP_REFUSED(i, 1) -> refuse(i, 1) }
-
-    /* the store has done its work */
-    :: d_step { up[i] && op[i].ph == PREPARE -> prepared(i) }
-
-    /* the successor's answer */
-    :: d_step { up[i] && ans[i] == OK && op[i].ph == FORWARD ->
-        ans[i] = 0;
-        if
-        :: LOST_PLACE(i) -> move_on(i)
-        :: else -> do_commit(i); finish_ok(i)
-        fi }
-    :: d_step { up[i] && ans[i] == GAP && op[i].ph == FORWARD ->
-        ans[i] = 0;
-        if
-        :: LOST_PLACE(i) || SUCC(i, rv[i]) == NONE -> move_on(i)
-        :: else -> op[i].whole = 1; forward(i)
-        fi }
-    :: d_step { up[i] && ans[i] == FAILED && op[i].ph == FORWARD ->
-        ans[i] = 0;
-        if
-        :: LOST_PLACE(i) || SUCC(i, rv[i]) == NONE -> move_on(i)
-        :: else -> op[i].ph = PAUSE; op[i].to = NONE
-        fi }
-    /* RetryDue; a try that would only be refused again is left out */
-    :: d_step { up[i] && op[i].ph == PAUSE && SUCC(i, rv[i]) != NONE && up[SUCC(i, rv[i])] &&
-        rv[SUCC(i, rv[i])] <= rv[i] -> move_on(i) }
-    /* TIMEOUT or DISCONNECTED: the request is late, or lost, or its answer is */
-    :: d_step { up[i] && op[i].ph == FORWARD && ans[i] == 0 && timeouts ->
-        timeouts--; cancel(i); op[i].ph = PAUSE; op[i].to = NONE }
-
-    /* FinishLeftovers, and what a waiting read asks for */
-#ifndef MUT_NO_LEFTOVERS
-    :: d_step { up[i] && op[i].ph == IDLE && pver[i] && SERVES(i, rv[i]) &&
-        (HEAD(rv[i]) == i || TAIL(rv[i]) == i) ->
-        op[i].kind = LEFTOVER; op[i].whole = 1; op[i].serving = 1; exposed[i] = 1; move_on(i) }
-#endif
-
-    /* routing: the next snapshot, or the newest one */
-    :: d_step { up[i] && !cut[i] && rv[i] < cur -> n = rv[i] + 1; s = n; n = 0; adopt(i, s); s = 0 }
-    :: d_step { up[i] && !cut[i] && rv[i] + 1 < cur -> s = cur; adopt(i, s); s = 0 }
-
-    /* heartbeats: an answered one after the lease had lapsed; one that says UPTODATE */
-    :: d_step { up[i] && !cut[i] && !lease[i] -> enter(i) }
-    :: d_step { up[i] && !cut[i] && lease[i] && alive[i] && ST(i, cur) == SYNCING && UPTODATE(i) ->
-        evaluate(i) }
-
-    /* recovery of the successor: filling.py */
-    :: d_step { up[i] && SETTLED(i) && SYNC_SUCC(i, rv[i]) != NONE && SERVES(i, rv[i]) &&
-        up[SYNC_SUCC(i, rv[i])] && rv[SYNC_SUCC(i, rv[i])] == rv[i] &&
-        SETTLED_THERE(SYNC_SUCC(i, rv[i])) &&
-        (sess[i] == 0 || sver[i] != rv[i] || (sess[i] == 5 && completed[SYNC_SUCC(i, rv[i])] != rv[i])) &&
-        !(op[i].ph == HELD) ->
-        sess[i] = 1; sver[i] = rv[i] }
-    :: d_step { up[i] && sess[i] == 1 && sver[i] == rv[i] && up[SYNC_SUCC(i, rv[i])] ->
-        s = SYNC_SUCC(i, rv[i]);
-        lver[i] = cver[s]; lval[i] = cval[s]; lpend[i] = (pver[s] != 0); s = 0;
-        sess[i] = 2 }
-    :: d_step { up[i] && sess[i] == 2 && sver[i] == rv[i] ->
-        if
-        :: lver[i] == cver[i] && lval[i] == cval[i] && !lpend[i] -> sess[i] = 4
-        :: else -> sess[i] = 3
-        fi;
-        lver[i] = 0; lval[i] = 0; lpend[i] = 0 }
-    :: d_step { up[i] && sess[i] == 3 && sver[i] == rv[i] && op[i].ph == IDLE ->
-        op[i].ph = HELD; op[i].to = SYNC_SUCC(i, rv[i]);
-        send(i, REPLACE, cver[i], cval[i], 0) }
-    :: d_step { up[i] && op[i].ph == HELD && ans[i] ->
-        sess[i] = (ans[i] == OK -> 4 : 0); ans[i] = 0; clear_op(i) }
-    :: d_step { up[i] && op[i].ph == HELD && !ans[i] && timeouts ->
-        timeouts--; cancel(i); clear_op(i); sess[i] = 0 }
-    :: d_step { up[i] && sess[i] == 4 && sver[i] == rv[i] && up[SYNC_SUCC(i, rv[i])] &&
-        rv[SYNC_SUCC(i, rv[i])] == sver[i] ->
-        completed[SYNC_SUCC(i, rv[i])] = sver[i]; sess[i] = 5 }
-    od
-}
-
-inline deliver(c, j) {
-    n = creq[c].id;
-    creq[c].id = 0; creq[c].to = 0; creq[c].cv = 0;
-    begin_client(j, n); n = 0
-}
-
-/* Delivery of client requests: from slot c to the replica that it names. */
-proctype Requests(byte c) {
-    byte j;
-end:
-    do
-    :: d_step { creq[c].id && up[creq[c].to] && ADMITS(creq[c].to, creq[c].cv) &&
-        HEAD(rv[creq[c].to]) == creq[c].to && op[creq[c].to].ph == IDLE && pver[creq[c].to] == 0 ->
-        j = creq[c].to; deliver(c, j); j = 0 }
-    :: d_step { creq[c].id && up[creq[c].to] && ADMITS(creq[c].to, creq[c].cv) &&
-        HEAD(rv[creq[c].to]) == creq[c].to && op[creq[c].to].ph != IDLE && op[creq[c].to].id == creq[c].id ->
-        /* _twin */
-        j = creq[c].to;
-        op[j].client = op[j].client || (wst[WRITER(creq[c].id)] == 1 && wid[WRITER(creq[c].id)] == creq[c].id && wto[WRITER(creq[c].id)] == j);
-        creq[c].id = 0; creq[c].to = 0; creq[c].cv = 0; j = 0 }
-    :: d_step { creq[c].id && up[creq[c].to] && (TOO_OLD(creq[c].to, creq[c].cv) ||
-        (ADMITS(creq[c].to, creq[c].cv) && HEAD(rv[creq[c].to]) != creq[c].to)) ->
-        j = creq[c].to; b = WRITER(creq[c].id);
-        if
-        :: wst[b] == 1 && wid[b] == creq[c].id && wto[b] == j -> wst[b] = 0; wto[b] = NONE; wcv[b] = rv[j]
-        :: else
-        fi;
-        b = 0; creq[c].id = 0; creq[c].to = 0; creq[c].cv = 0; j = 0; trim() }
-    od
-}
-
-#define FREE_SLOT (creq[0].id == 0 || creq[1].id == 0 || creq[2].id == 0)
-inline ask(w, k) {
-    b = (creq[0].id == 0 -> 0 : (creq[1].id == 0 -> 1 : 2));
-    creq[b].id = wid[w]; creq[b].to = HEAD(k); creq[b].cv = k;
-    wst[w] = 1; wto[w] = HEAD(k); wcv[w] = k; b = 0; trim()
-}
-
-inline unwait(w) {
-    for (a : 0 .. 2) {
-        if
-        :: op[a].client && op[a].id == wid[w] -> op[a].client = 0
-        :: else
-        fi
-    }
-    a = 0; wto[w] = NONE
-}
-
-proctype Writer(byte w) {
-    byte k;
-end:
-    do
-    /* send, by the routing that it happens to know */
-    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] == cur && HEAD(cur) != NONE -> k = cur; ask(w, k); k = 0 }
-    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] < cur && HEAD(cur) != NONE -> k = cur; ask(w, k); k = 0 }
-    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] < cur && HEAD(wcv[w]) != NONE -> k = wcv[w]; ask(w, k); k = 0 }
-    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] + 1 < cur && HEAD(wcv[w] + 1) != NONE ->
-        k = wcv[w] + 1; ask(w, k); k = 0 }
-    /* no answer in time: again with the same sequence; the former try may arrive later */
-    :: d_step { wst[w] == 1 && timeouts -> timeouts--; unwait(w); wst[w] = 0 }
-    /* the asked server is known to be gone from the chain (NodeCalls.still_good) */
-    :: d_step { wst[w] == 1 && wcv[w] < cur && HEAD(cur) != NONE && HEAD(cur) != wto[w] ->
-        unwait(w); wst[w] = 0; wcv[w] = cur; trim() }
-    /* the deadline: outcome unknown, the next write uses the same channel */
-    :: d_step { wst[w] == 1 && giveups ->
-        giveups--; unwait(w);
-        if
-        :: wid[w] == LAST_OF(w) -> wst[w] = 2; wcv[w] = 0
-        :: else -> wst[w] = 0; wid[w] = wid[w] + 1
-        fi }
-    od
-}
-
-#ifdef MUT_SERVE_AFTER_LEASE
-#define READABLE(i) (up[i] && SERVES(i, rv[i]))
+#ifdef MUT_NO_LEFTOVERS
+#define LEFT(i) 0
 #else
-#define READABLE(i) (up[i] && SERVES(i, rv[i]) && LEASE_OK(i))
-#endif
-
-/* plan_read */
-#ifdef MUT_SKIP_TAIL_QUERY
-#define PLAN_COMMITTED(i) (TAIL(rv[i]) != (i) || pver[i] == 0 || !exposed[i])
-#define PLAN_ASK(i) 0
-#elif defined(MUT_TAIL_DOES_NOT_WAIT)
-#define PLAN_COMMITTED(i) (pver[i] == 0 || TAIL(rv[i]) == (i))
-#define PLAN_ASK(i) (pver[i] != 0 && TAIL(rv[i]) != (i))
-#else
-#define PLAN_COMMITTED(i) (pver[i] == 0 || (TAIL(rv[i]) == (i) && !exposed[i]))
-#define PLAN_ASK(i) (pver[i] != 0 && TAIL(rv[i]) != (i))
-#endif
-
-inline end_read() { rd = 0; rdat = 0; rdk = 0; rdtail = 0; rdlo = 0; rdmask = 0 }
-
-#define T(i) TAIL(rv[i])
-#define TAILED(i) (T(i) != NONE && READABLE(T(i)) && rv[T(i)] == rv[i] && PLAN_COMMITTED(T(i)))
-inline ask_tail(i_) {
-    rd = 1; rdat = i_; rdk = rv[i_]; rdtail = cver[T(i_)]; rdlo = gver; rdmask = gack
-}
-
-/* All readers. A read at a replica without dispute begins and ends at once: every real one has more freedom. */
-#define NEWS(i) (cver[i] != gver || cval[i] != gval)
-proctype Readers() {
-    byte i;
-end:
-    do
-    /* every replica at any time; one that would change nothing is left out */
-    :: d_step { READABLE(0) && PLAN_COMMITTED(0) && NEWS(0) -> observe(cver[0], cval[0], gver, gack) }
-    :: d_step { READABLE(1) && PLAN_COMMITTED(1) && NEWS(1) -> observe(cver[1], cval[1], gver, gack) }
-    :: d_step { READABLE(2) && PLAN_COMMITTED(2) && NEWS(2) -> observe(cver[2], cval[2], gver, gack) }
-    /* the tail answers a question that replica i has asked at chain version rdk */
-    :: d_step { !rd && READABLE(0) && PLAN_ASK(0) && TAILED(0) -> ask_tail(0) }
-    :: d_step { !rd && READABLE(1) && PLAN_ASK(1) && TAILED(1) -> ask_tail(1) }
-    :: d_step { !rd && READABLE(2) && PLAN_ASK(2) && TAILED(2) -> ask_tail(2) }
-    /* settle_read */
-    :: d_step { rd && READABLE(rdat) && rv[rdat] == rdk ->
-        i = rdat;
-        if
-        :: pver[i] && pver[i] != cver[i] && pver[i] == rdtail -> observe(pver[i], pval[i], rdlo, rdmask)
-        :: pver[i] && pver[i] != cver[i] && pver[i] != rdtail && cver[i] == rdtail ->
-            observe(cver[i], cval[i], rdlo, rdmask)
-        :: else                                     /* AGAIN */
-        fi;
-        i = 0; end_read() }
-    :: d_step { rd && (!up[rdat] || rv[rdat] != rdk) -> end_read() }
-    od
-}
-/* The lease: mgmtd buries a node a full lease after its last heartbeat, the node fences itself after half of it. */
-#ifdef MUT_BURY_EARLY
-#define DEAD(i) (i < REPLICAS && alive[i] && (!lease[i] || cut[i]))
-#else
-#define DEAD(i) (i < REPLICAS && alive[i] && !lease[i])
+#define LEFT(i) (op[i].ph == IDLE && pver[i] && SERVES(i, rv[i]))
 #endif
 
 inline crash(i) {
@@ -909,36 +687,314 @@ inline restart(i) {
     trim()
 }
 
-#define UP_COUNT (up[0] + up[1] + up[2])
+#define CLIENT_READY(i, c) (creq[c].id && creq[c].to == i && ADMITS(i, creq[c].cv) && \
+    HEAD(rv[i]) == i && op[i].ph == IDLE && pver[i] == 0)
+#define CLIENT_TWIN(i, c) (creq[c].id && creq[c].to == i && ADMITS(i, creq[c].cv) && \
+    HEAD(rv[i]) == i && op[i].ph != IDLE && op[i].id == creq[c].id)
+#define CLIENT_REFUSED(i, c) (creq[c].id && creq[c].to == i && (TOO_OLD(i, creq[c].cv) || \
+    (ADMITS(i, creq[c].cv) && HEAD(rv[i]) != i)))
+#define WAITED_FOR(i, c) (wst[WRITER(creq[c].id)] == 1 && wid[WRITER(creq[c].id)] == creq[c].id && \
+    wto[WRITER(creq[c].id)] == i)
+
+inline drop_creq(c_) { creq[c_].id = 0; creq[c_].to = 0; creq[c_].cv = 0 }
+
+inline refuse_client(i, c) {
+    b = WRITER(creq[c].id);
+    if
+    :: WAITED_FOR(i, c) -> wst[b] = 0; wto[b] = NONE; wcv[b] = rv[i]
+    :: else
+    fi;
+    b = 0; drop_creq(c); trim()
+}
+
+#define S(i) SYNC_SUCC(i, rv[i])
+inline list_successor(i) {
+    b = S(i);
+    lver[i] = cver[b]; lval[i] = cval[b]; lpend[i] = (pver[b] != 0); b = 0; sess[i] = 2
+}
+
+/* Choose what happens next at replica i (`act`, with a slot or a version `x`), then let it happen. */
+proctype Replica(byte i) {
+    byte act, x;
+end:
+    do
+    :: atomic {
+        if
+        /* messages from the predecessor, in any order */
+        :: up[i] && HOP_READY(i, 0) -> act = 1
+        :: up[i] && HOP_READY(i, 1) -> act = 1; x = 1
+        :: up[i] && HOP_TWIN(i, 0) -> act = 2
+        :: up[i] && HOP_TWIN(i, 1) -> act = 2; x = 1
+        :: up[i] && HOP_REFUSED(i, 0) -> act = 3
+        :: up[i] && HOP_REFUSED(i, 1) -> act = 3; x = 1
+        /* requests of clients */
+        :: up[i] && CLIENT_READY(i, 0) -> act = 4
+        :: up[i] && CLIENT_READY(i, 1) -> act = 4; x = 1
+        :: up[i] && CLIENT_READY(i, 2) -> act = 4; x = 2
+        :: up[i] && CLIENT_TWIN(i, 0) -> act = 5
+        :: up[i] && CLIENT_TWIN(i, 1) -> act = 5; x = 1
+        :: up[i] && CLIENT_TWIN(i, 2) -> act = 5; x = 2
+        :: up[i] && CLIENT_REFUSED(i, 0) -> act = 6
+        :: up[i] && CLIENT_REFUSED(i, 1) -> act = 6; x = 1
+        :: up[i] && CLIENT_REFUSED(i, 2) -> act = 6; x = 2
+        /* the store has done its work */
+        :: up[i] && op[i].ph == PREPARE -> act = 7
+        /* the successor's answer */
+        :: up[i] && ans[i] && op[i].ph == FORWARD -> act = 8; x = ans[i]
+        /* RetryDue; a try that would only be refused again is left out */
+        :: up[i] && op[i].ph == PAUSE && SUCC(i, rv[i]) != NONE && up[SUCC(i, rv[i])] &&
+           rv[SUCC(i, rv[i])] <= rv[i] -> act = 9
+        /* TIMEOUT or DISCONNECTED: the request is late, or lost, or its answer is */
+        :: up[i] && op[i].ph == FORWARD && ans[i] == 0 && timeouts -> act = 10
+        /* FinishLeftovers, and what a waiting read asks for */
+        :: up[i] && LEFT(i) && (HEAD(rv[i]) == i || TAIL(rv[i]) == i) -> act = 11
+        /* routing: the next snapshot, or the newest one */
+        :: up[i] && !cut[i] && rv[i] < cur -> act = 12; x = rv[i] + 1
+        :: up[i] && !cut[i] && rv[i] + 1 < cur -> act = 12; x = cur
+        /* recovery of the successor: filling.Recovery */
+        :: up[i] && SETTLED(i) && op[i].ph != HELD && SERVES(i, rv[i]) && S(i) != NONE && up[S(i)] &&
+           rv[S(i)] == rv[i] && (sess[i] == 0 || sver[i] != rv[i] ||
+           (sess[i] == 5 && completed[S(i)] != rv[i])) -> act = 13
+        :: up[i] && sess[i] == 1 && sver[i] == rv[i] && up[S(i)] -> act = 14
+        :: up[i] && sess[i] == 2 && sver[i] == rv[i] -> act = 15
+        :: up[i] && sess[i] == 3 && sver[i] == rv[i] && op[i].ph == IDLE -> act = 16
+        :: up[i] && op[i].ph == HELD && ans[i] -> act = 17
+        :: up[i] && op[i].ph == HELD && !ans[i] && timeouts -> act = 18
+        :: up[i] && sess[i] == 4 && sver[i] == rv[i] && up[S(i)] && rv[S(i)] == sver[i] &&
+           SETTLED_THERE(S(i)) -> act = 19
+        /* faults */
+        :: crashes && up[i] && i < REPLICAS -> act = 20
+        :: !up[i] && i < REPLICAS -> act = 21
+        :: cuts && up[i] && !cut[i] -> act = 22
+        :: cut[i] && lease[i] -> act = 23
+        :: cut[i] -> act = 24
+        fi;
+        d_step {
+            todo = 0;
+            if
+            :: act == 1 -> overtake(i, x); begin_hop(i, x); drop(i, x)
+            :: act == 2 -> join(i, x)
+            :: act == 3 -> refuse(i, x)
+            :: act == 4 -> n = creq[x].id; drop_creq(x); begin_client(i, n); n = 0
+            :: act == 5 -> op[i].client = op[i].client || WAITED_FOR(i, x); drop_creq(x)
+            :: act == 6 -> refuse_client(i, x)
+            :: act == 7 -> prepared(i)
+            :: act == 8 && (LOST_PLACE(i) || (x != OK && SUCC(i, rv[i]) == NONE)) ->
+                ans[i] = 0; todo = MOVE
+            :: act == 8 && x == OK && !LOST_PLACE(i) -> ans[i] = 0; todo = COMMIT
+            :: act == 8 && x == GAP && !LOST_PLACE(i) && SUCC(i, rv[i]) != NONE ->
+                ans[i] = 0; op[i].whole = 1; todo = MOVE
+            :: act == 8 && x == FAILED && !LOST_PLACE(i) && SUCC(i, rv[i]) != NONE ->
+                ans[i] = 0; op[i].ph = PAUSE; op[i].to = NONE
+            :: act == 9 -> todo = MOVE
+            :: act == 10 -> timeouts--; cancel(i); op[i].ph = PAUSE; op[i].to = NONE
+            :: act == 11 ->
+                op[i].kind = LEFTOVER; op[i].whole = 1; op[i].serving = 1; exposed[i] = 1;
+                todo = MOVE
+            :: act == 12 -> adopt(i, x)
+            :: act == 13 -> sess[i] = 1; sver[i] = rv[i]
+            :: act == 14 -> list_successor(i)
+            :: act == 15 ->
+                sess[i] = ((lver[i] == cver[i] && lval[i] == cval[i] && !lpend[i]) -> 4 : 3);
+                lver[i] = 0; lval[i] = 0; lpend[i] = 0
+            :: act == 16 ->
+                op[i].ph = HELD; op[i].to = S(i); send(i, REPLACE, cver[i], cval[i], 0)
+            :: act == 17 -> sess[i] = (ans[i] == OK -> 4 : 0); ans[i] = 0; clear_op(i)
+            :: act == 18 -> timeouts--; cancel(i); clear_op(i); sess[i] = 0
+            :: act == 19 && CLEAN_THERE(S(i)) -> completed[S(i)] = sver[i]; sess[i] = 5
+            :: act == 19 && !CLEAN_THERE(S(i)) -> sess[i] = 0       /* refused: compare again */
+            :: act == 20 -> crash(i)
+            :: act == 21 -> restart(i)
+            :: act == 22 -> cuts--; cut[i] = 1
+            :: act == 23 -> lease[i] = 0
+            :: act == 24 -> cut[i] = 0
+            fi;
+            if
+            :: todo == MOVE -> move_on(i)
+            :: else
+            fi;
+            if
+            :: todo == COMMIT -> do_commit(i); todo = FINISH
+            :: else
+            fi;
+            if
+            :: todo == FINISH -> finish_ok(i)
+            :: todo == LOSE -> finish_failed(i)
+            :: else
+            fi;
+            todo = 0; act = 0; x = 0
+        } }
+    od
+}
+
+#define FREE_SLOT (creq[0].id == 0 || creq[1].id == 0 || creq[2].id == 0)
+inline ask(w, k) {
+    b = (creq[0].id == 0 -> 0 : (creq[1].id == 0 -> 1 : 2));
+    creq[b].id = wid[w]; creq[b].to = HEAD(k); creq[b].cv = k;
+    wst[w] = 1; wto[w] = HEAD(k); wcv[w] = k; b = 0; trim()
+}
+
+inline unwait(w) {
+    for (a : 0 .. 2) {
+        if
+        :: op[a].client && op[a].id == wid[w] -> op[a].client = 0
+        :: else
+        fi
+    }
+    a = 0; wto[w] = NONE
+}
+
+proctype Writer(byte w) {
+    byte k;
+end:
+    do
+    /* send, by the routing that it happens to know */
+    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] == cur && HEAD(cur) != NONE -> k = cur; ask(w, k); k = 0 }
+    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] < cur && HEAD(cur) != NONE -> k = cur; ask(w, k); k = 0 }
+    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] < cur && HEAD(wcv[w]) != NONE -> k = wcv[w]; ask(w, k); k = 0 }
+    :: d_step { wst[w] == 0 && FREE_SLOT && wcv[w] + 1 < cur && HEAD(wcv[w] + 1) != NONE ->
+        k = wcv[w] + 1; ask(w, k); k = 0 }
+    /* no answer in time: again with the same sequence; the former try may arrive later */
+    :: d_step { wst[w] == 1 && timeouts -> timeouts--; unwait(w); wst[w] = 0 }
+    /* the asked server is known to be gone from the chain (NodeCalls.still_good) */
+    :: d_step { wst[w] == 1 && wcv[w] < cur && HEAD(cur) != NONE && HEAD(cur) != wto[w] ->
+        unwait(w); wst[w] = 0; wcv[w] = cur; trim() }
+    /* the deadline: outcome unknown, the next write uses the same channel */
+    :: d_step { wst[w] == 1 && giveups ->
+        giveups--; unwait(w);
+        if
+        :: wid[w] == LAST_OF(w) -> wst[w] = 2; wcv[w] = 0
+        :: else -> wst[w] = 0; wid[w] = wid[w] + 1
+        fi }
+    od
+}
+
+#ifdef MUT_SERVE_AFTER_LEASE
+#define READABLE(i) (up[i] && SERVES(i, rv[i]))
+#else
+#define READABLE(i) (up[i] && SERVES(i, rv[i]) && LEASE_OK(i))
+#endif
+
+/* plan_read */
+#ifdef MUT_COMMIT_FIRST
+#define PLAN_COMMITTED(i) 1
+#define PLAN_ASK(i) 0
+#elif defined(MUT_SKIP_TAIL_QUERY)
+#define PLAN_COMMITTED(i) (TAIL(rv[i]) != (i) || pver[i] == 0 || !exposed[i])
+#define PLAN_ASK(i) 0
+#elif defined(MUT_TAIL_DOES_NOT_WAIT)
+#define PLAN_COMMITTED(i) (pver[i] == 0 || TAIL(rv[i]) == (i))
+#define PLAN_ASK(i) (pver[i] != 0 && TAIL(rv[i]) != (i))
+#else
+#define PLAN_COMMITTED(i) (pver[i] == 0 || (TAIL(rv[i]) == (i) && !exposed[i]))
+#define PLAN_ASK(i) (pver[i] != 0 && TAIL(rv[i]) != (i))
+#endif
+
+inline end_read() { rd = 0; rdat = 0; rdk = 0; rdtail = 0; rdlo = 0; rdmask = 0 }
+
+#define T(i) TAIL(rv[i])
+#define TAILED(i) (T(i) != NONE && READABLE(T(i)) && rv[T(i)] == rv[i] && PLAN_COMMITTED(T(i)))
+inline ask_tail(i_) {
+    rd = 1; rdat = i_; rdk = rv[i_]; rdtail = cver[T(i_)]; rdlo = gver; rdmask = gack
+}
+
+/* All readers. A read at a replica without dispute begins and ends at once: every real one has more freedom. */
+#define NEWS(i) (cver[i] != gver || cval[i] != gval)
+proctype Readers() {
+    byte i;
+end:
+    do
+    /* every replica at any time; one that would change nothing is left out */
+    :: d_step { READABLE(0) && PLAN_COMMITTED(0) && NEWS(0) -> observe(cver[0], cval[0], gver, gack) }
+    :: d_step { READABLE(1) && PLAN_COMMITTED(1) && NEWS(1) -> observe(cver[1], cval[1], gver, gack) }
+    :: d_step { READABLE(2) && PLAN_COMMITTED(2) && NEWS(2) -> observe(cver[2], cval[2], gver, gack) }
+    /* the tail answers a question that replica i has asked at chain version rdk */
+    :: d_step { !rd && READABLE(0) && PLAN_ASK(0) && TAILED(0) -> ask_tail(0) }
+    :: d_step { !rd && READABLE(1) && PLAN_ASK(1) && TAILED(1) -> ask_tail(1) }
+    :: d_step { !rd && READABLE(2) && PLAN_ASK(2) && TAILED(2) -> ask_tail(2) }
+    /* settle_read */
+    :: d_step { rd && READABLE(rdat) && rv[rdat] == rdk ->
+        i = rdat;
+        if
+        :: pver[i] && pver[i] != cver[i] && pver[i] == rdtail -> observe(pver[i], pval[i], rdlo, rdmask)
+        :: pver[i] && pver[i] != cver[i] && pver[i] != rdtail && cver[i] == rdtail ->
+            observe(cver[i], cval[i], rdlo, rdmask)
+        :: else                                     /* AGAIN */
+        fi;
+        i = 0; end_read() }
+    :: d_step { rd && (!up[rdat] || rv[rdat] != rdk) -> end_read() }
+    od
+}
+/* The lease: mgmtd buries a node a full lease after its last heartbeat, the node fences itself after half of it. */
+#ifdef NO_BURY                                     /* fewer runs, for a quick look */
+#define DEAD(i) 0
+#elif defined(MUT_BURY_EARLY)
+#define DEAD(i) (i < REPLICAS && alive[i] && (!lease[i] || cut[i]))
+#else
+#define DEAD(i) (i < REPLICAS && alive[i] && !lease[i])
+#endif
+
+#define ENTERS(i) (up[i] && !cut[i] && (!lease[i] || !alive[i]))
+#define TELLS(i) (up[i] && !cut[i] && lease[i] && alive[i] && ST(i, cur) == SYNCING && UPTODATE(i))
+
+/* membership.Membership */
+#ifdef MUT_NO_NEEDS_VERSION
+#define GRANT(i) skip
+#else
+#define GRANT(i) needs[i] = cur
+#endif
+
+proctype Mgmtd() {
+    byte who = NONE, fresh = NONE;
+end:
+    do
+    :: atomic {
+        if
+        /* Registered, or HeartbeatArrived after the lease had run out */
+        :: ENTERS(0) -> who = 0
+        :: ENTERS(1) -> who = 1
+        :: ENTERS(2) -> who = 2
+        /* a heartbeat that says UPTODATE */
+        :: TELLS(0) -> fresh = 0
+        :: TELLS(1) -> fresh = 1
+        :: TELLS(2) -> fresh = 2
+        /* _tick buries one, or all who are due */
+        :: DEAD(0) -> alive[0] = 0
+        :: DEAD(1) -> alive[1] = 0
+        :: DEAD(2) -> alive[2] = 0
+        :: DEAD(0) + DEAD(1) + DEAD(2) >= 2 ->
+            d_step {
+                a = 0;
+                do
+                :: a < 3 ->
+                    if
+                    :: DEAD(a) -> alive[a] = 0
+                    :: else
+                    fi;
+                    a++
+                :: else -> break
+                od;
+                a = 0 }
+        fi;
+        d_step {
+            if
+            :: who != NONE -> alive[who] = 1
+            :: else
+            fi;
+            evaluate(fresh);
+            if
+            :: who != NONE ->                       /* Answer: the lease and the routing version */
+                lease[who] = 1; GRANT(who)
+            :: else
+            fi;
+            who = NONE; fresh = NONE
+        } }
+    od
+}
+
 proctype World() {
 end:
     do
-    :: d_step { crashes && up[0] -> crash(0) }
-    :: d_step { crashes && up[1] -> crash(1) }
-    :: d_step { crashes && up[2] && REPLICAS > 2 -> crash(2) }
-    :: d_step { !up[0] -> restart(0) }
-    :: d_step { !up[1] -> restart(1) }
-    :: d_step { !up[2] && REPLICAS > 2 -> restart(2) }
-    :: d_step { cuts && up[0] && !cut[0] -> cuts--; cut[0] = 1 }
-    :: d_step { cuts && up[1] && !cut[1] -> cuts--; cut[1] = 1 }
-    :: d_step { cuts && up[2] && !cut[2] && REPLICAS > 2 -> cuts--; cut[2] = 1 }
-    :: d_step { cut[0] && lease[0] -> lease[0] = 0 }
-    :: d_step { cut[1] && lease[1] -> lease[1] = 0 }
-    :: d_step { cut[2] && lease[2] -> lease[2] = 0 }
-    :: d_step { cut[0] -> cut[0] = 0 }
-    :: d_step { cut[1] -> cut[1] = 0 }
-    :: d_step { cut[2] -> cut[2] = 0 }
-    /* mgmtd's tick buries one, or all who are due */
-    :: d_step { DEAD(0) -> alive[0] = 0; evaluate(NONE) }
-    :: d_step { DEAD(1) -> alive[1] = 0; evaluate(NONE) }
-    :: d_step { DEAD(2) -> alive[2] = 0; evaluate(NONE) }
-    :: d_step { DEAD(0) + DEAD(1) + DEAD(2) >= 2 ->
-        a = 0;
-        do
-        :: a < 3 -> if :: DEAD(a) -> alive[a] = 0 :: else fi; a++
-        :: else -> break
-        od;
-        a = 0; evaluate(NONE) }
     /* (3), liveness: nothing more can happen. All is done, everybody serves, all are equal. */
     :: timeout && !good -> d_step {
         assert(wst[0] == 2 && (WRITERS == 1 || wst[1] == 2));
@@ -970,7 +1026,7 @@ init {
     }
     atomic {
         run Replica(0); run Replica(1); run Replica(2);
-        run Requests(0); run Requests(1); run Requests(2);
+        run Mgmtd();
         run Writer(0);
         if
         :: WRITERS == 2 -> run Writer(1)
