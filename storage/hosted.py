@@ -40,6 +40,8 @@ FLUSH_EVERY_NS = 2 * SECOND
 FLUSH_LOOK_NS = SECOND // 5
 
 
+FILLED = "filled"  # a file in the directory of a target: was it ever complete?
+NOT_YET = b"not yet\n"
 REOPEN_FIRST_NS = 5 * SECOND  # after a disk error, before the target is opened again
 REOPEN_MAX_NS = 300 * SECOND
 
@@ -75,6 +77,7 @@ class HostedTarget:
         self._open_store = open_store
         self._sharers = 1
         self._open_again: _Open = _not_opened
+        self._unfilled = False  # the directory says that it was never complete
         self._scrubber: Scrubber | None = None
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
@@ -82,6 +85,8 @@ class HostedTarget:
         chain = chain_of_target(snapshot, self.target)
         if self.replica is not None:
             self.replica.apply_chain(chain)
+            if self._unfilled and self.state.condition == Condition.UPTODATE:
+                self.replica.tasks.spawn(self._note_filled(), name="note: filled")
         else:
             event = RoutingChanged(view_of(chain, self.target))
             self.state.handle(event, self._env.now_ns())
@@ -123,7 +128,7 @@ class HostedTarget:
     ) -> None:
         env, path = self._env, self.path
         try:
-            blank = not await env.run_blocking(lambda: env.disk.exists(f"{path}/format"))
+            blank = await env.run_blocking(lambda: note_blank(env, path))
             capacity = self._capacity_bytes
             store = await env.run_blocking(
                 lambda: ChunkStore.open(
@@ -144,6 +149,7 @@ class HostedTarget:
         replica = TargetReplica(env, store, sender, self.state, report_now)
         replica.repair = lambda chunk: repairer.repair(replica, chunk)
         self.replica = replica
+        self._unfilled = blank
         doubtful = store.power_cut_possible or distrust
         replica.settle(Opened(doubtful=doubtful, blank=blank))
         recovery = Recovery(env, replica, sender, links, throttle)
@@ -249,8 +255,20 @@ class HostedTarget:
 
     async def _tick(self, replica: TargetReplica) -> None:
         while True:
+            if self._unfilled and self.state.condition == Condition.UPTODATE:
+                await self._note_filled()
             await self._env.sleep_ns(TICK_NS)
             replica.settle(Ticked())
+
+    async def _note_filled(self) -> None:
+        """From now on the directory is known to have been complete once."""
+        path, disk = f"{self.path}/{FILLED}", self._env.disk
+        self._unfilled = False
+        try:
+            await self._env.run_blocking(lambda: disk.replace_small(path, b"yes\n"))
+        except OSError as problem:
+            self._unfilled = True
+            log.error("target %d: %s", self.target, problem)
 
     async def _flush_now_and_then(self, replica: TargetReplica) -> None:
         last_ns = self._env.now_ns()
@@ -263,6 +281,19 @@ class HostedTarget:
                     await replica.flush()
                 except EmberfsError as problem:
                     log.error("target %d: background flush: %s", self.target, problem)
+
+
+def note_blank(env: Env, path: str) -> bool:
+    """Tell whether the directory was never complete: empty, or not filled since. Blocks. OSError.
+
+    It stays so over restarts: the last replica that the chain knows may have been on another disk.
+    """
+    disk = env.disk
+    if disk.exists(f"{path}/format"):
+        return disk.exists(f"{path}/{FILLED}") and disk.read_small(f"{path}/{FILLED}") == NOT_YET
+    disk.make_directory(path)
+    disk.replace_small(f"{path}/{FILLED}", NOT_YET)
+    return True
 
 
 def next_life(env: Env, path: str) -> int:

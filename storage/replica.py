@@ -88,6 +88,7 @@ class TargetReplica:
         self._waiters: dict[int, _Waiter] = {}
         self._keys = 0
         self._leftover: set[ChunkId] = set(store.pending_chunks())
+        self._finishing: set[ChunkId] = set()  # of them, those that a task rolls forward
         self._tombstones: OrderedDict[ChunkId, tuple[RememberedWrite, ...]] = OrderedDict()
         self._view_changed = asyncio.Event()
         self._closed = False
@@ -106,7 +107,8 @@ class TargetReplica:
                 case condition.ViewChanged():
                     self._apply_view(effect.view)
                 case condition.FinishLeftovers():
-                    for chunk in list(self._leftover):
+                    for chunk in sorted(self._leftover - self._finishing):
+                        self._finishing.add(chunk)
                         self.tasks.spawn(self._finish_quietly(chunk), name="leftover")
                 case condition.ReportNow():
                     self._report_now()
@@ -225,7 +227,9 @@ class TargetReplica:
         try:
             await self._ask(chunk, ev.ResumeArrived)
         except EmberfsError as problem:
-            log.warning("target %d: a pending chunk stays so: %s", self.target, problem)
+            log.warning("target %d: a pending chunk stays so for now: %s", self.target, problem)
+        finally:
+            self._finishing.discard(chunk)
 
     async def _ask(self, chunk: ChunkId, event: type[ev.ResumeArrived]) -> None:
         key, waiter = self._enter(None)

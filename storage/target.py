@@ -202,7 +202,17 @@ class TargetState:
                 if before != Condition.FAILED:
                     self.condition, self._failure = Condition.FAILED, event.reason
         self.condition = self._settle(self.condition)
-        return self._effects(before)
+        effects = self._effects(before)
+        if (
+            isinstance(event, Ticked)
+            and self._owns_leftovers()
+            and FinishLeftovers() not in effects
+        ):
+            effects.append(FinishLeftovers())  # a commit may have failed on a full disk
+        return effects
+
+    def _owns_leftovers(self) -> bool:
+        return self.view.serving and (self.view.head or self.view.tail_here)
 
     def _hear(self, event: SyncHeard, now_ns: int) -> None:
         if event.chain_version == self.published.chain_version:
@@ -246,7 +256,7 @@ class TargetState:
         if view != self.view:
             self.view = view
             effects.append(ViewChanged(view))
-            if view.serving and (view.head or view.tail_here):
+            if self._owns_leftovers():
                 effects.append(FinishLeftovers())
         if self.condition != before:
             effects.append(ReportNow())

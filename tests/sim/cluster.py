@@ -236,6 +236,18 @@ class World:
             await _pause()
         return False
 
+    def complete(self) -> bool:
+        """Tell whether every replica serves, in its own opinion too."""
+        servers = [machine.service for machine in self.storage if machine.running]
+        hosted = [h for s in servers if s is not None for h in s.service.targets.values()]
+        all_here = len(hosted) == self.shape.storage * self.targets_per_node
+        members = {target for _, targets in self.chains() for target in targets}
+        return (
+            all_here
+            and self.serving()
+            and all(h.state.serves for h in hosted if h.target in members)
+        )
+
     def serving(self) -> bool:
         """Tell whether a mgmtd leads and says that every replica serves."""
         for machine in self.mgmtd:

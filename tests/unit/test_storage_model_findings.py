@@ -12,6 +12,7 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.storage_calls import SYNC, SyncRequest, UpdateKind
 from emberfs.storage import chunk_events as ev
 from emberfs.storage.craq import ChunkMachine
+from emberfs.storage.hosted import FILLED
 from emberfs.storage.readrule import ReadPlan, plan_read
 from unit.test_storage_craq_rules import arrive, kinds, request, state, view, waiting
 from unit.test_storage_server_cluster import (
@@ -41,9 +42,10 @@ async def start_syncing(cluster: ClusterUnderTest) -> None:
     """The second node is being filled, by a first one that does not run."""
     filled = cluster.nodes[1]
     cluster.set_chain([(cluster.nodes[0], SERVING), (filled, SYNCING)])
-    # Twice: a directory that was empty would be told so.
+    # Twice, and complete in between: a directory that was empty would be told so.
     await filled.start("tcp://127.0.0.1:0", cluster.snapshot())
     await filled.stop()
+    Path(filled.hosted.path, FILLED).write_bytes(b"yes")
     await filled.start("tcp://127.0.0.1:0", cluster.snapshot())
 
 
