@@ -49,11 +49,11 @@ fuzz: $(VENV)/installed-test   ## coverage-guided fuzzing of every decoder (SECO
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --group fuzz
 	@$(BIN)/python tests/fuzz/atheris_targets.py -max_total_time=$(or $(SECONDS),60) -max_len=4096 -artifact_prefix=$(or $(TMPDIR),/tmp)/
 
-sim: $(VENV)/installed-test    ## one simulated history (SEED=1 SECONDS=30), told in full if it fails
-	@cd tests && ../$(BIN)/python -m sim.run $(or $(SEED),1) --seconds $(or $(SECONDS),30) $(SIM_FLAGS)
+sim: $(VENV)/installed-test    ## one simulated history, told in full if it fails (SEED=1 MOOD=everything SECONDS=30)
+	@cd tests && $(abspath $(BIN))/python -m sim.run $(or $(SEED),1) $(if $(MOOD),--mood $(MOOD)) --seconds $(or $(SECONDS),30)
 
-sim-long: $(VENV)/installed-test  ## simulated histories for an hour on all cores (SECONDS=3600)
-	@cd tests && ../$(BIN)/python -m sim.run --many 1000000 --wall $(or $(SECONDS),3600)
+sim-long: $(VENV)/installed-test  ## simulated histories on all cores (SECONDS=3600 of wall time, FIRST=seed)
+	@cd tests && $(abspath $(BIN))/python -m sim.many --wall $(or $(SECONDS),3600) --first $(or $(FIRST),0)
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -41,6 +40,7 @@ class Outcome:
 
     seed: int
     mood: str
+    seconds: float = SECONDS
     digest: str = ""
     virtual_s: float = 0.0
     operations: int = 0
@@ -71,7 +71,7 @@ def shape_of(seed: int) -> Shape:
 def simulate(seed: int, mood: Mood | None = None, seconds: float = SECONDS) -> Outcome:
     """Run one seed to its end."""
     mood = mood or mood_of(seed)
-    outcome = Outcome(seed, mood.name)
+    outcome = Outcome(seed, mood.name, seconds)
 
     async def main(loop: simloop.SimLoop) -> None:
         await _play(loop, outcome, mood, seconds)
@@ -232,54 +232,27 @@ def tell(outcome: Outcome) -> str:
         *outcome.story[-30:],
         "the last operations:",
         *outcome.history.tail(20),
-        f"again: make sim SEED={outcome.seed}",
+        f"again: make sim SEED={outcome.seed} MOOD={outcome.mood} SECONDS={outcome.seconds:g}",
     ]
     return "\n".join(lines)
 
 
-def _many(first: int, count: int, wall_s: float) -> int:
-    began = time.monotonic()
-    total, failed = Outcome(first, "many"), []
-    done = 0
-    for seed in range(first, first + count):
-        if wall_s and time.monotonic() - began > wall_s:
-            break
-        outcome = simulate(seed)
-        done += 1
-        total.virtual_s += outcome.virtual_s
-        total.operations += outcome.operations
-        total.errors += outcome.errors
-        total.undecided += outcome.undecided
-        total.faults += outcome.faults
-        if outcome.violations:
-            failed.append(seed)
-            print(tell(outcome), flush=True)
-    took = time.monotonic() - began
-    print(
-        f"{done} histories, {total.operations} operations ({total.errors} errors at clients, "
-        f"{total.undecided} chunks undecided), {total.virtual_s / 3600:.2f} virtual hours in "
-        f"{took:.1f} s: {total.virtual_s / took:.0f} cluster-seconds per second, "
-        f"{done / took * 60:.0f} histories per minute"
-    )
-    print("faults: " + ", ".join(f"{kind} {n}" for kind, n in sorted(total.faults.items())))
-    print(f"{len(failed)} failed: {failed}" if failed else "no violation")
-    return 1 if failed else 0
+def fix_hashes(module: str) -> None:
+    """Start this program again with fixed string hashes: one seed, one history."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "PYTHONHASHSEED": "0"})
 
 
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="sim.run", description=__doc__)
-    parser.add_argument("seed", type=int, nargs="?")
+    parser.add_argument("seed", type=int)
     parser.add_argument("--mood", choices=sorted(MOODS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults, virtual")
     parser.add_argument("--trace", action="store_true", help="show the services' logs")
-    parser.add_argument("--many", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--wall", type=float, default=0.0, help="stop after so many seconds")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO if options.trace else logging.CRITICAL)
-    if options.seed is None:
-        return _many(options.first, options.many, options.wall)
     outcome = simulate(options.seed, MOODS[options.mood] if options.mood else None, options.seconds)
     if outcome.violations:
         print(tell(outcome))
@@ -293,10 +266,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if os.environ.get("PYTHONHASHSEED") != "0":  # one seed, one history
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "sim.run", *sys.argv[1:]],
-            {**os.environ, "PYTHONHASHSEED": "0"},
-        )
+    fix_hashes("sim.run")
     sys.exit(main())
