@@ -18,6 +18,7 @@ from sim.machine import Machine
 from sim.stamps import stamp_fill
 
 TIMEOUT_NS = 15 * SECOND
+PATIENT_NS = 60 * SECOND  # the default of the product: nothing may fail within it
 PAUSE_NS = 150 * MS  # on average, between the operations of one client
 HOT_BYTES = 12 * KiB
 FIRST_INODE = 1000
@@ -51,6 +52,7 @@ class Workload:
         self.history = History()
         self.places = places(world.shape.chains, world.shape.clients)
         self.stopping = False
+        self.timeout_ns = TIMEOUT_NS
         self.cut_ns = 0  # when the power of all storage failed; 0: never
         self.errors: list[tuple[int, str]] = []  # what clients were told: when, what
         self._dice = random.Random(world.dice.random())
@@ -134,7 +136,9 @@ class _Client:
         )
         sink = memoryview(bytearray(b"\xee" * length))  # what nobody fills shows
         try:
-            await self._chunkio.read(place.inode, place.layout, offset, sink, timeout_ns=TIMEOUT_NS)
+            await self._chunkio.read(
+                place.inode, place.layout, offset, sink, timeout_ns=self._load.timeout_ns
+            )
         except EmberfsError as problem:
             self._note(f"read: {problem}")
             self._history.end(op, self._loop.now_ns(), "fail", result=problem.code.name)
@@ -150,7 +154,11 @@ class _Client:
         outcome, result = "ok", ""
         try:
             await self._chunkio.write(
-                place.inode, place.layout, offset, memoryview(data), timeout_ns=TIMEOUT_NS
+                place.inode,
+                place.layout,
+                offset,
+                memoryview(data),
+                timeout_ns=self._load.timeout_ns,
             )
         except EmberfsError as problem:
             self._note(f"write: {problem}")
@@ -161,7 +169,9 @@ class _Client:
         op = self._history.begin(self._number, "truncate", place.key, size, 0, self._loop.now_ns())
         outcome, result = "ok", ""
         try:
-            await self._chunkio.truncate_chunk(place.inode, place.layout, 0, size, TIMEOUT_NS)
+            await self._chunkio.truncate_chunk(
+                place.inode, place.layout, 0, size, self._load.timeout_ns
+            )
         except EmberfsError as problem:
             self._note(f"truncate: {problem}")
             outcome, result = "unknown", problem.code.name
@@ -171,7 +181,7 @@ class _Client:
         op = self._history.begin(self._number, "remove", place.key, 0, 0, self._loop.now_ns())
         outcome, result = "ok", ""
         try:
-            await self._chunkio.remove_chunks(place.inode, place.layout, 0, TIMEOUT_NS)
+            await self._chunkio.remove_chunks(place.inode, place.layout, 0, self._load.timeout_ns)
         except EmberfsError as problem:
             self._note(f"remove: {problem}")
             outcome, result = "unknown", problem.code.name
@@ -181,7 +191,7 @@ class _Client:
         op = self._history.begin(self._number, "flush", place.key, 0, 0, self._loop.now_ns())
         outcome, result = "ok", ""
         try:
-            await self._chunkio.flush(place.layout.chains, TIMEOUT_NS)
+            await self._chunkio.flush(place.layout.chains, self._load.timeout_ns)
         except EmberfsError as problem:
             self._note(f"flush: {problem}")
             outcome, result = "unknown", problem.code.name
