@@ -12,14 +12,16 @@ from emberfs.client.chunkwrite import ChunkWriter, Update
 from emberfs.client.gather import gather_all
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.fabric.region import Buffer, length_of
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout, Piece, pieces
-from emberfs.proto.ids import SECOND, ChainId, ChunkId, InodeId, pack_chunk_id
+from emberfs.proto.ids import SECOND, ChainId, ChunkId, InodeId, pack_chunk_id, unpack_chunk_id
 from emberfs.proto.storage_calls import UpdateKind, file_chunk_range
 from emberfs.runtime.env import Env
 
 ReadRequest: TypeAlias = tuple[InodeId, Layout, int, Buffer]  # inode, layout, file offset, sink
 
 TIMEOUT_NS = 60 * SECOND
+PENDING_TRIES = 8
 LIST_ROWS = 256  # chunks removed per round and chain
 
 
@@ -106,6 +108,39 @@ class ChunkIO:
         if rows and (rows[0].length > length or rows[0].pending):
             update = Update(chain, chunk, UpdateKind.TRUNCATE, 0, length, layout.chunk_bytes)
             await self._writer.update(update, timeout_ns)
+
+    async def end_of(
+        self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
+    ) -> int:
+        """Return where the last chunk from `first_index` on ends, in the file; 0: no chunk.
+
+        BUSY when a write that is under way there does not end.
+        """
+        ends = await gather_all(
+            [
+                self._end_on(chain, inode, layout, first_index, timeout_ns)
+                for chain in sorted(set(layout.chains))
+            ]
+        )
+        return max(ends)
+
+    async def _end_on(
+        self, chain: ChainId, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
+    ) -> int:
+        start, stop = file_chunk_range(inode, first_index)
+        end, tries = 0, 0
+        while rows := await self._writer.rows(chain, start, stop, LIST_ROWS, timeout_ns):
+            for row in rows:
+                at = unpack_chunk_id(row.chunk)[1] * layout.chunk_bytes
+                if row.pending:  # a reader decides it
+                    if tries == PENDING_TRIES:
+                        raise EmberfsError(Code.BUSY, "a write is under way; try again")
+                    tries += 1
+                    await self.read(inode, layout, at, memoryview(bytearray(1)))
+                    break
+                end, tries = max(end, at + row.length), 0
+                start = row.chunk + b"\0"
+        return end
 
     async def flush(self, chains: Iterable[ChainId], timeout_ns: int = TIMEOUT_NS) -> None:
         """Everything committed on these chains is on stable storage of every replica on return."""

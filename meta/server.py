@@ -133,7 +133,13 @@ class MetaService:
         context.start()
         grace_ns = int(config.session_grace_s * SECOND)
         sweeper = SessionSweeper(
-            env, engine, context.collector, lambda: cluster.routing.snapshot, grace_ns
+            env,
+            engine,
+            context.collector,
+            cluster.chunkio,
+            context.trims,
+            lambda: cluster.routing.snapshot,
+            grace_ns,
         )
         context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")

@@ -7,14 +7,20 @@ counted from this server's own start too: what was before nobody here can know.
 import logging
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from emberfs.kv import keys
 from emberfs.kv.transaction import Engine, Transaction
 from emberfs.meta import schema
+from emberfs.meta.attributes import after_write
 from emberfs.meta.collect import Collector
 from emberfs.meta.metrics import SESSIONS_ENDED
-from emberfs.meta.tree import destroy, find_inode, has_sessions
+from emberfs.meta.tree import destroy, find_inode, has_sessions, store_inode
+from emberfs.meta.trims import Chunks, Trims
+from emberfs.meta.vanished import Measured, measure
 from emberfs.proto.cluster import NodeKind, RoutingSnapshot
-from emberfs.proto.errors import EmberfsError
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import Inode
 from emberfs.proto.ids import SECOND, InodeId
 from emberfs.runtime.env import Env
 
@@ -31,12 +37,16 @@ class SessionSweeper:
         env: Env,
         engine: Engine,
         collector: Collector,
+        chunks: Chunks,
+        trims: Trims,
         routing: Callable[[], RoutingSnapshot],
         grace_ns: int = 30 * SECOND,
     ) -> None:
         self._env = env
         self._engine = engine
         self._collector = collector
+        self._chunks = chunks
+        self._trims = trims
         self._routing = routing
         self._grace_ns = grace_ns
         self._absent_since_ns: dict[int, int] = {}  # by client
@@ -62,12 +72,11 @@ class SessionSweeper:
         while start < stop:
             rows = await self._rows(start, stop)
             for key, value in rows:
-                client = schema.SESSION.decode(value).client
-                if client not in alive:
-                    seen.add(client)
-                    if self._is_gone(client):
-                        await self._end(key)
-                        ended += 1
+                session = schema.SESSION.decode(value)
+                if session.client not in alive:
+                    seen.add(session.client)
+                    if self._is_gone(session.client):
+                        ended += await self._end_if_possible(key, session)
             start = rows[-1][0] + b"\0" if len(rows) == BATCH_ROWS else stop
             await self._env.sleep_ns(0)  # let callers in between
         self._absent_since_ns = {
@@ -93,14 +102,39 @@ class SessionSweeper:
 
         return await self._engine.run(scan, read_only=True)
 
-    async def _end(self, key: bytes) -> None:
-        inode_id, session = keys.unpack_session_key(key)
+    async def _end_if_possible(self, key: bytes, session: schema.Session) -> bool:
+        """End a session; one whose file cannot be looked at just now waits for the next sweep."""
+        inode_id = InodeId(keys.unpack_session_key(key)[0])
+        try:
+            measured = None
+            if session.write:
+                measured = await measure(self._engine, self._chunks, self._trims, inode_id)
+            await self._end(key, session, measured)
+        except EmberfsError as problem:
+            log.warning("a dead session on inode %d stays for now: %s", inode_id, problem)
+            return False
+        return True
+
+    async def _end(self, key: bytes, session: schema.Session, measured: Measured | None) -> None:
+        inode_id, number = keys.unpack_session_key(key)
 
         async def work(txn: Transaction) -> None:
-            txn.clear(key)
             inode = await find_inode(txn, InodeId(inode_id))
-            if inode is not None and inode.nlink == 0 and not await has_sessions(txn, inode.id):
+            txn.clear(key)
+            if inode is None:
+                return
+            if inode.nlink == 0 and not await has_sessions(txn, inode.id):
                 await destroy(txn, inode, self._env.wall_ns())
+            elif measured is not None:
+                if measured.truncate_version != inode.truncate_version:
+                    raise EmberfsError(Code.STALE, "it was truncated meanwhile")
+                self._settle(txn, inode, measured.end, privileged=session.privileged)
 
         await self._engine.run(work)
-        log.info("session %d on inode %d ended: its client is gone", session, inode_id)
+        log.info("session %d on inode %d ended: its client is gone", number, inode_id)
+
+    def _settle(self, txn: Transaction, inode: Inode, end: int, *, privileged: bool) -> None:
+        if end > inode.length:
+            now_ns = self._env.wall_ns()
+            grown = after_write(inode, privileged=privileged, now_ns=now_ns, mtime_ns=None)
+            store_inode(txn, replace(grown, length=end))

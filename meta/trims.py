@@ -46,6 +46,12 @@ class Chunks(Protocol):
         """Make a chunk `length` bytes long."""
         ...
 
+    async def end_of(
+        self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
+    ) -> int:
+        """Return where the last chunk from `first_index` on ends, in the file; 0: no chunk."""
+        ...
+
 
 async def shrink(txn: Transaction, inode: Inode, length: int) -> None:
     """Record that the file's chunks are to be cut at `length`; the caller stores the inode."""

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from emberfs.client.blocking import Client
 from integration.harness import LocalCluster, wait_until
 
@@ -26,7 +24,6 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.xfail(strict=True, reason="the end of a dead client's session settles no length")
 def test_o2_c9_direct_writes_behind_the_old_end_outlive_their_client(fresh: LocalCluster) -> None:
     """When a client dies after a direct write that extended a file, the file has the new length."""
     plan = fresh.plan

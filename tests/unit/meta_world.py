@@ -88,6 +88,14 @@ class FakeChunks:
         await self._pass()
         self.chunks[inode, index] = length
 
+    async def end_of(
+        self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
+    ) -> int:
+        self.log.append(("end", inode, first_index))
+        await self._pass()
+        found = {i: n for i, n in self.of(inode).items() if i >= first_index}
+        return max((i * layout.chunk_bytes + n for i, n in found.items()), default=0)
+
 
 def chain(number: int, *states: PublicState) -> Chain:
     targets = tuple(

@@ -387,7 +387,13 @@ def test_c9_o20_sessions_of_vanished_clients_end_after_the_grace_time() -> None:
 
     async def scene(w: World) -> None:
         sweeper = SessionSweeper(
-            w.env, w.engine, w.context.collector, lambda: w.routing, 30 * SECOND
+            w.env,
+            w.engine,
+            w.context.collector,
+            w.chunks,
+            w.context.trims,
+            lambda: w.routing,
+            30 * SECOND,
         )
         f = await w.create(b"f")
         await w.unlink(b"f")
@@ -407,6 +413,30 @@ def test_c9_o20_sessions_of_vanished_clients_end_after_the_grace_time() -> None:
         assert await sweeper.sweep() == 1
         await fails(Code.NOT_FOUND, w.getattr(f.id))
         assert len(w.rows(keys.Prefix.DELETED)) == 1
+
+    play(scene)
+
+
+def test_o2_c9_what_a_vanished_writer_was_told_is_written_stays_readable() -> None:
+    """When a client dies after a write behind the old end, the file has the new length."""
+
+    async def scene(w: World) -> None:
+        sweeper = SessionSweeper(
+            w.env, w.engine, w.context.collector, w.chunks, w.context.trims, lambda: w.routing, 1
+        )
+        f = await w.create(b"f")
+        assert f.layout is not None
+        w.chunks.put(f.id, f.layout.chunk_bytes, 4711)
+        w.routing = make_snapshot(clients={CLIENT + 1: True})
+        assert await sweeper.sweep() == 0
+        w.env.skipped_ns += SECOND
+        w.chunks.error = EmberfsError(Code.TIMEOUT, "the chain is away")
+        assert await sweeper.sweep() == 0  # it waits: nothing is decided blindly
+        assert len(w.rows(keys.Prefix.SESSION)) == 1
+        w.chunks.error = None
+        assert await sweeper.sweep() == 1
+        assert (await w.getattr(f.id)).length == f.layout.chunk_bytes + 4711
+        assert len(w.rows(keys.Prefix.SESSION)) == 0
 
     play(scene)
 
