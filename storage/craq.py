@@ -102,7 +102,7 @@ class _Operation:
     sent_to: TargetId = NOBODY
     tries: int = 0  # since the last change of routing
     whole: bool = False  # the successor asked for the whole content
-    doubtful: bool = False  # an attempt of unknown outcome went to another successor
+    doubtful: bool = False  # an attempt of unknown outcome was made: some successor may have it
     repaired: bool = False
     as_serving: bool = False  # begun while this target was SERVING
     failure: tuple[Code, str] | None = None
@@ -304,6 +304,7 @@ class ChunkMachine:
             self._own(operation)
             operation.version, operation.length = pending.version, pending.length
             operation.whole = pending.kind == UpdateKind.REPLACE
+            operation.doubtful = True
             self.exposed = True
             self._move_on(operation, effects)
         else:
@@ -339,6 +340,7 @@ class ChunkMachine:
         operation.phase = Phase.PREPARE
         operation.version = version
         if self.state is not None and self.state.pending is not None:
+            operation.doubtful = True  # it may be this very update, and forwarded already
             effects.append(Discard(last=False))  # the predecessor is authoritative
         effects.append(
             Prepare(
@@ -418,8 +420,18 @@ class ChunkMachine:
         if head and damaged and not operation.repaired:
             operation.phase, operation.repaired = Phase.REPAIR, True
             effects.append(Repair())
+        elif event.code == Code.NO_SPACE and self._may_be_elsewhere(operation):
+            text = f"the update waits for room, other replicas may have it: {event.message}"
+            self._finish(operation, (Code.BUSY, text), effects)
         else:
             self._finish(operation, (event.code, event.message), effects)
+
+    def _may_be_elsewhere(self, operation: _Operation) -> bool:
+        """Tell whether the update was forwarded, or stays pending here and will be.
+
+        NO_SPACE tells a predecessor that nobody has it from here on: it gives the update up.
+        """
+        return operation.phase != Phase.PREPARE or operation.doubtful
 
     def _on_repaired(self, event: Repaired, effects: list[Effect]) -> None:
         operation = self._working(Phase.REPAIR)
@@ -492,6 +504,7 @@ class ChunkMachine:
             operation.whole = True
             self._forward(operation, effects)
         else:
+            operation.doubtful = True
             self._pause(operation, effects)
 
     def _pause(self, operation: _Operation, effects: list[Effect]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from emberfs.proto.cluster import PublicState
-from emberfs.proto.errors import EmberfsError
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND
 from sim import loop as simloop
 from sim.check_blocks import check_findings
@@ -26,9 +26,10 @@ from sim.cluster import Shape, World
 from sim.history import History, Op
 from sim.nemesis import MOODS, Mood, Nemesis
 from sim.violation import Violation, report
-from sim.workload import PATIENT_NS, TIMEOUT_NS, Workload
+from sim.workload import LAST_READERS, PATIENT_NS, TIMEOUT_NS, Workload
 
 BOOT_NS = 30 * SECOND
+_UNREADABLE = (Code.CHECKSUM.name, Code.DISK.name)
 EXIT_NS = 90 * SECOND  # from the end of all faults until every replica must serve
 QUIET_S = 3.0
 SECONDS = 30.0
@@ -139,11 +140,10 @@ def _judge(world: World, load: Workload, outcome: Outcome, mood: Mood, healed_ns
     if load.cut_ns:
         found += check_durable(history, load.cut_ns)
     found += check_versions(world.seen)
-    damaged: list[str] = []
-    replicas = _replicas(world, damaged)
-    if damaged and "rot" in mood.faults:  # nobody has read it since
-        replicas, damaged = [], []
-    found += check_replicas(replicas) + [Violation("damaged", text) for text in damaged]
+    replicas = _replicas(world)
+    if "rot" in mood.faults:
+        _leave_out_damaged(replicas)
+    found += check_replicas(replicas) + _damaged(replicas) + _failed_at_last(history, mood)
     found += check_findings(_findings(world))
     found += [Violation("internal error", text) for text in world.network.internal_errors]
     found += [
@@ -174,7 +174,7 @@ def _spans(history: History, cut_ns: int) -> list[list[Op]]:
     return [before, after_cut(history, cut_ns)]
 
 
-def _replicas(world: World, damaged: list[str]) -> list[Replica]:
+def _replicas(world: World) -> list[Replica]:
     snapshot = world.primary_snapshot()
     if snapshot is None:
         return []
@@ -189,12 +189,48 @@ def _replicas(world: World, damaged: list[str]) -> list[Replica]:
                 continue
             serving = state == PublicState.SERVING
             pending = hosted.store.pending_chunks()
-            found.append(Replica(chain, target, serving, _chunks(hosted.store, damaged), pending))
+            found.append(Replica(chain, target, serving, _chunks(hosted.store), pending))
     return found
 
 
-def _chunks(store: object, damaged: list[str]) -> dict[bytes, ChunkState]:
-    """Read all chunks; those that cannot be read are described in `damaged`."""
+def _failed_at_last(history: History, mood: Mood) -> list[Violation]:
+    """At the end everybody can read everything, save what has rotten everywhere."""
+    allowed = ("CHECKSUM",) if "rot" in mood.faults else ()
+    return [
+        Violation("unreadable", "nothing is broken any more", (op,))
+        for op in history
+        if op.client >= LAST_READERS and not op.ok and op.result not in allowed
+    ]
+
+
+def _leave_out_damaged(replicas: list[Replica]) -> None:
+    """Nobody may have read it since it rotted."""
+    bad = {
+        (r.chain, chunk)
+        for r in replicas
+        for chunk, state in r.chunks.items()
+        if state.digest in _UNREADABLE
+    }
+    for replica in replicas:
+        replica.chunks = {
+            chunk: state
+            for chunk, state in replica.chunks.items()
+            if (replica.chain, chunk) not in bad
+        }
+
+
+def _damaged(replicas: list[Replica]) -> list[Violation]:
+    """Nothing rots in most moods: whatever does not verify was written or recovered wrongly."""
+    return [
+        Violation("damaged", f"target {replica.target} chunk {chunk.hex()}: {state}")
+        for replica in replicas
+        if replica.serving
+        for chunk, state in replica.chunks.items()
+        if state.digest in _UNREADABLE
+    ]
+
+
+def _chunks(store: object) -> dict[bytes, ChunkState]:
     rows, _ = store.list(b"", b"\xff" * 20, 1000)  # type: ignore[attr-defined]
     found = {}
     for row in rows:
@@ -238,6 +274,20 @@ def tell(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
+class VirtualTime(logging.Formatter):
+    """Log lines with virtual time and the process that speaks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        process = simloop.PROCESS.get()
+        name = process.name if process is not None else "simulation"
+        try:
+            now_s = asyncio.get_running_loop().time()
+        except RuntimeError:
+            now_s = 0.0
+        return f"{now_s:10.6f} {name}: {record.getMessage()}"
+
+
 def fix_hashes(module: str) -> None:
     """Start this program again with fixed string hashes: one seed, one history."""
     if os.environ.get("PYTHONHASHSEED") != "0":
@@ -254,6 +304,7 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="show the services' logs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO if options.trace else logging.CRITICAL)
+    logging.getLogger().handlers[0].setFormatter(VirtualTime())
     outcome = simulate(options.seed, MOODS[options.mood] if options.mood else None, options.seconds)
     if outcome.violations:
         print(tell(outcome))

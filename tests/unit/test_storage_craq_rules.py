@@ -358,3 +358,29 @@ def test_plan_read(have: ChunkState | None, exposed: bool, tail: TargetId, plan:
 )
 def test_settle_read(have: ChunkState | None, tail_version: int, expected: int) -> None:
     assert settle_read(have, tail_version) == expected
+
+
+def test_s11_no_room_to_commit_is_no_refusal_since_the_successors_have_it() -> None:
+    """When a hop has no room for the commit, nobody before it may give the update up.
+
+    Found by simulation (mood disk, seed 10148): the head discarded what the tail had committed and
+    shown; later a scrub took it back.
+    """
+    machine = ChunkMachine(view(head=False), state(4))
+    arrive(machine, request(version=5))
+    (forward,) = machine.handle(ev.Prepared(state(4, waiting(5))), 0)
+    assert machine.handle(ev.ForwardAnswered(forward.attempt), 0) == [ev.Commit(5)]
+    failed = ev.StoreFailed(state(4, waiting(5)), Code.NO_SPACE, "full")
+    (reply,) = machine.handle(failed, 0)
+    assert reply.code == Code.BUSY
+
+
+def test_s11_no_room_after_an_attempt_of_unknown_outcome_gives_nothing_up() -> None:
+    """A successor without room may have passed on an earlier attempt whose answer was lost."""
+    machine = ChunkMachine(view(), state(4))
+    arrive(machine, request())
+    (forward,) = machine.handle(ev.Prepared(state(4, waiting(5))), 0)
+    assert kinds(machine.handle(ev.ForwardFailed(1, Code.TIMEOUT, "lost"), 0)) == ["Pause"]
+    (forward,) = machine.handle(ev.RetryDue(1), 0)
+    full = ev.ForwardFailed(forward.attempt, Code.NO_SPACE, "full")
+    assert kinds(machine.handle(full, 0)) == ["Pause"]
