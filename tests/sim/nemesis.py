@@ -7,12 +7,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from emberfs.proto.cluster import PublicState
-from emberfs.proto.ids import SECOND
+from emberfs.proto.ids import MS, SECOND
 from sim.cluster import World
 from sim.machine import Machine
-from sim.workload import Workload
+from sim.workload import PAUSE_NS, Workload
 
 HOUR_NS = 3600 * SECOND
+HOT_SHARE = 0.4
+HOT_PAUSE_NS = 60 * MS
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Mood:
     faults: tuple[str, ...]
     overlap: bool = False  # several at a time, anywhere; else the cluster recovers in between
     messages: bool = False  # loss, duplicates, delays all the time
+    hot: bool = False  # most operations go to one chunk, in quick succession
     gentle: bool = False  # within the replication factor: no client may see an error
 
 
@@ -60,7 +63,17 @@ MOODS = {
             messages=True,
         ),
         # One power cut of everything, amid the load; what was flushed must be there afterwards.
-        Mood("blackout", ("blackout", "kill storage", "die between disk operations")),
+        Mood("blackout", ("blackout", "blackout", "die between disk operations")),
+        Mood("contention", ("freeze storage", "slow disk", "reset"), messages=True, hot=True),
+        Mood(
+            "hot recovery",
+            ("kill storage", "long death", "slow machine", "slow disk"),
+            overlap=True,
+            messages=True,
+            hot=True,
+        ),
+        # A storage node and a client, out of sight of all others, believe in the chains of before.
+        Mood("two worlds", ("cut off with a client",), hot=True),
     )
 }
 
@@ -82,6 +95,8 @@ class Nemesis:
         """Make faults for some time, then heal everything."""
         end_s = self.world.loop.time() + duration_s
         self._messages(on=self.mood.messages)
+        if self.mood.hot:
+            self.load.hot_share, self.load.pause_ns = HOT_SHARE, HOT_PAUSE_NS
         running: set[asyncio.Task[None]] = set()
         while self.world.loop.time() < end_s and self.mood.faults:
             await asyncio.sleep(self.dice.uniform(0.1, 4.0))
@@ -101,6 +116,7 @@ class Nemesis:
         if left_s > 0:
             await asyncio.sleep(left_s)
         self._messages(on=False)
+        self.load.hot_share, self.load.pause_ns = 0.0, PAUSE_NS
         self.heal()
 
     def heal(self) -> None:
@@ -168,6 +184,8 @@ class Nemesis:
             "strike at recovery": self._strike_at_recovery,
             "client and server": self._kill_both,
             "blackout": self._blackout,
+            "long death": self._long_death,
+            "cut off with a client": self._cut_off_with_client,
         }[kind]
         try:
             await action(victim)
@@ -283,6 +301,18 @@ class Nemesis:
         await asyncio.sleep(self._some_seconds() / 2)
         self.revive(other)
 
+    async def _long_death(self, victim: Machine) -> None:
+        """So long that it has to be filled."""
+        victim.kill()
+        await asyncio.sleep(6.5)
+        self.revive(victim)
+
+    async def _cut_off_with_client(self, victim: Machine) -> None:
+        side = {victim.name, self.dice.choice(self.world.clients).name}
+        names = list(self.world.machines)
+        pairs = [(a, b) for a in names for b in names if (a in side) != (b in side)]
+        await self._cut_links(pairs, 9.0)
+
     async def _kill_both(self, victim: Machine) -> None:
         """A client dies together with the server of what it writes."""
         client = self.dice.choice(self.world.clients)
@@ -301,11 +331,11 @@ class Nemesis:
         await asyncio.sleep(self._some_seconds())
         self.revive(victim)
 
-    async def _cut_links(self, pairs: list[tuple[str, str]]) -> None:
+    async def _cut_links(self, pairs: list[tuple[str, str]], duration_s: float = 0) -> None:
         links = [self.world.network.link(*pair) for pair in pairs]
         for link in links:
             link.cut = True
-        await asyncio.sleep(self._some_seconds())
+        await asyncio.sleep(duration_s or self._some_seconds())
         for link in links:
             link.cut = False
 

@@ -22,6 +22,7 @@ PATIENT_NS = 60 * SECOND  # the default of the product: nothing may fail within 
 PAUSE_NS = 150 * MS  # on average, between the operations of one client
 HOT_BYTES = 12 * KiB
 FIRST_INODE = 1000
+LAST_READERS = 1000  # client numbers from here on read everything at the end
 
 
 class Place(NamedTuple):
@@ -55,6 +56,8 @@ class Workload:
         self.timeout_ns = TIMEOUT_NS
         self.cut_ns = 0  # when the power of all storage failed; 0: never
         self.errors: list[tuple[int, str]] = []  # what clients were told: when, what
+        self.pause_ns = PAUSE_NS
+        self.hot_share = 0.0  # of the operations that go to the first place
         self._dice = random.Random(world.dice.random())
         self._clients = 0
 
@@ -74,6 +77,12 @@ class Workload:
         lanes = [one.lane() for _ in range(2)]
         await asyncio.gather(*lanes)
 
+    def choose(self, dice: random.Random) -> Place:
+        """Return where the next operation goes."""
+        if self.hot_share and dice.random() < self.hot_share:
+            return self.places[0]
+        return dice.choice(self.places)
+
     async def read_all(self, index: int) -> None:
         """Read every chunk as a whole; at the end of a simulation."""
         machine = self.world.clients[index]
@@ -81,7 +90,7 @@ class Workload:
         assert process is not None
         while machine.service is None:
             await asyncio.sleep(0.05)
-        one = _Client(self, 1000 + index, index, machine.service, self._dice)
+        one = _Client(self, LAST_READERS + index, index, machine.service, self._dice)
 
         async def all_places() -> None:
             for place in self.places:
@@ -101,24 +110,43 @@ class _Client:
         self._dice = dice
         self._history = load.history
         self._loop = load.world.loop
+        self._changing: dict[Key, int] = {}  # changes of an owned key in flight; -1: its removal
 
     async def lane(self) -> None:
         """One operation after another."""
         while not self._load.stopping:
-            await asyncio.sleep(self._dice.expovariate(1e9 / PAUSE_NS))
-            place = self._dice.choice(self._load.places)
+            await asyncio.sleep(self._dice.expovariate(1e9 / self._load.pause_ns))
+            place = self._load.choose(self._dice)
             roll = self._dice.random()
             offset, length = self._range()
             if place.owner not in (-1, self._index) or roll < 0.45:
                 await self.read(place, offset, length)
-            elif roll < 0.93 or place.owner == -1:
+            elif place.owner == -1:
                 await self._write(place, offset, length)
-            elif roll < 0.96:
-                await self._truncate(place, offset)
             else:
-                await self._remove(place)
+                await self._change_own(place, roll, offset, length)
             if self._dice.random() < 0.04:
                 await self._flush(place)
+
+    async def _change_own(self, place: Place, roll: float, offset: int, length: int) -> None:
+        """Removing is no single update (it goes on until nothing is listed), so it goes alone."""
+        busy = self._changing.get(place.key, 0)
+        if roll >= 0.96 and busy == 0:
+            busy = self._changing[place.key] = -1
+            change = self._remove(place)
+        elif busy < 0:
+            return
+        else:
+            self._changing[place.key] = busy + 1
+            change = (
+                self._truncate(place, offset)
+                if roll >= 0.93
+                else self._write(place, offset, length)
+            )
+        try:
+            await change
+        finally:
+            self._changing[place.key] = 0 if busy < 0 else self._changing[place.key] - 1
 
     def _range(self) -> tuple[int, int]:
         dice = self._dice
