@@ -8,6 +8,7 @@ import asyncio
 import random
 from typing import NamedTuple
 
+from emberfs.client.chunkread import jobs_of
 from emberfs.client.cluster import Cluster
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Layout
@@ -74,7 +75,7 @@ class Workload:
             await asyncio.sleep(0.05)
         self._clients += 1
         one = _Client(self, self._clients, index, machine.service, dice)
-        lanes = [one.lane() for _ in range(2)]
+        lanes = [one.lane(), one.lane(), one.reads()]
         await asyncio.gather(*lanes)
 
     def choose(self, dice: random.Random) -> Place:
@@ -128,6 +129,12 @@ class _Client:
             if self._dice.random() < 0.04:
                 await self._flush(place)
 
+    async def reads(self) -> None:
+        """Only reads: they go on where writes wait for a chain that cannot be reached."""
+        while not self._load.stopping:
+            await asyncio.sleep(self._dice.expovariate(1e9 / self._load.pause_ns))
+            await self.read(self._load.choose(self._dice), *self._range())
+
     async def _change_own(self, place: Place, roll: float, offset: int, length: int) -> None:
         """Removing is no single update (it goes on until nothing is listed), so it goes alone."""
         busy = self._changing.get(place.key, 0)
@@ -164,9 +171,10 @@ class _Client:
         )
         sink = memoryview(bytearray(b"\xee" * length))  # what nobody fills shows
         try:
-            await self._chunkio.read(
-                place.inode, place.layout, offset, sink, timeout_ns=self._load.timeout_ns
-            )
+            jobs = jobs_of(place.inode, place.layout, offset, sink)
+            for job in jobs:  # by itself a client reads a chunk at the same replica each time
+                job.spread = self._dice.randrange(6)
+            await self._chunkio._reader.read(jobs, self._load.timeout_ns)
         except EmberfsError as problem:
             self._note(f"read: {problem}")
             self._history.end(op, self._loop.now_ns(), "fail", result=problem.code.name)
