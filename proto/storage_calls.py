@@ -105,6 +105,9 @@ class RememberedWrite(msgspec.Struct, frozen=True, gc=False, array_like=True):
     version: int  # what it became
 
 
+NO_ORDER = WriteTag(0, 0, 0)
+
+
 class UpdateRequest(msgspec.Struct, frozen=True, gc=False):
     """One update of one chunk, from a client to the head or from a hop to its successor."""
 
@@ -125,6 +128,9 @@ class UpdateRequest(msgspec.Struct, frozen=True, gc=False):
     # grain) of what the content should be. The receiver keeps them, so that whoever reads the
     # damaged part is refused there too.
     checksums: bytes = b""
+    # From a predecessor: (life, sending target, rising number), so that what was sent earlier, or
+    # twice, is not taken up later (storage/hoporder.py). NO_ORDER from a client.
+    order: WriteTag = NO_ORDER
 
 
 class UpdateAnswer(msgspec.Struct, frozen=True, gc=False):

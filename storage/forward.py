@@ -1,13 +1,10 @@
 """Sending an update, or the whole content of a chunk, to the successor.
 
-REPLACE messages carry an order token in `tag`: (life, sending target, rising number). The receiver
-refuses one that a later one has overtaken on another connection (see ReplaceOrder). `life` counts
-the starts of the sending target, on its disk: what a killed process has left in the network must
-not overwrite what its next life has sent since.
+Every message carries its order (see hoporder.py), and a REPLACE has it for a tag, too: nobody's
+sequence of writes goes on with it.
 """
 
 import logging
-from collections import OrderedDict
 
 import msgspec
 
@@ -25,36 +22,6 @@ from emberfs.storage.storeface import Store
 from emberfs.storage.table import PENDING
 
 log = logging.getLogger("emberfs.storage.forward")
-
-ORDER_CHUNKS_MAX = 4096
-
-
-class ReplaceOrder:
-    """Remembers the newest REPLACE of recently replaced chunks."""
-
-    def __init__(self) -> None:
-        self._newest: OrderedDict[tuple[TargetId, ChunkId], WriteTag] = OrderedDict()
-        # (receiver, sender) -> (chain version, life). A replaced disk begins with life 1 again, but
-        # not without a change of the chain.
-        self._lives: dict[tuple[TargetId, int], tuple[int, int]] = {}
-
-    def admit(self, request: UpdateRequest) -> bool:
-        """Note a REPLACE; False when a later one of the same sender came before it."""
-        place, tag = (request.target, request.chunk), request.tag
-        sender, life = (request.target, tag.channel), (request.chain_version, tag.client)
-        if life < self._lives.get(sender, (0, 0)):
-            return False
-        self._lives[sender] = life
-        newest = self._newest.pop(place, None)
-        overtaken = (
-            newest is not None
-            and (newest.client, newest.channel) == (tag.client, tag.channel)
-            and newest.sequence > tag.sequence
-        )
-        self._newest[place] = newest if overtaken and newest is not None else tag
-        while len(self._newest) > ORDER_CHUNKS_MAX:
-            self._newest.popitem(last=False)
-        return not overtaken
 
 
 class OwnDamageError(EmberfsError):
@@ -78,13 +45,14 @@ class Sender:
         """Forward the update as it came. Raises the successor's answer, or why there is none."""
         request = effect.request
         assert request is not None
-        replaces = request.kind == UpdateKind.REPLACE
+        order = self._next_order()
         onward = msgspec.structs.replace(
             request,
             target=effect.successor,
             chain_version=ChainVersion(effect.chain_version),
             version=effect.version,
-            tag=self._next_tag() if replaces else request.tag,
+            tag=order if request.kind == UpdateKind.REPLACE else request.tag,
+            order=order,
         )
         await self._links.update(onward, source)
 
@@ -160,7 +128,7 @@ class Sender:
     ) -> None:
         buffer = await self._buffers.take_wait(length) if length else None
         try:
-            checksum, checksums = 0, b""
+            checksum, checksums, order = 0, b"", self._next_order()
             if buffer is not None:
                 checksum, checksums = await self._load(store, chunk, reads, buffer, last_copy)
             request = UpdateRequest(
@@ -170,7 +138,8 @@ class Sender:
                 kind=UpdateKind.REPLACE,
                 offset=0,
                 length=length,
-                tag=self._next_tag(),
+                tag=order,
+                order=order,
                 chunk_bytes=max(CHUNK_BYTES_MIN, 1 << (length - 1).bit_length() if length else 0),
                 checksum=checksum,
                 version=version,
@@ -209,6 +178,6 @@ class Sender:
 
         return await run_thread_to_end(self._env, work)
 
-    def _next_tag(self) -> WriteTag:
+    def _next_order(self) -> WriteTag:
         self._sequence += 1
         return WriteTag(self._life, self._target, self._sequence)

@@ -43,7 +43,7 @@ from emberfs.runtime.checksum import crc32c
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 from emberfs.storage.filling import Throttle
-from emberfs.storage.forward import ReplaceOrder
+from emberfs.storage.hoporder import HopOrder
 from emberfs.storage.hosted import HostedTarget
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.links import Links
@@ -95,7 +95,7 @@ class StorageService:
         self._buffers = BufferPool(OWN_BUFFERS_BYTES)
         self._tasks = TaskSet()
         self._replicas: dict[TargetId, TargetReplica] = {}
-        self._order = ReplaceOrder()
+        self._order = HopOrder()
         self._repairer = Repairer(env, self._links, self._buffers, self._chain, self._tasks)
         self._reader = Reader(env, self._replicas, self._links, lease_ok, self._repairer.damaged)
         self._stopping = False
@@ -199,8 +199,8 @@ class StorageService:
             await replica.catch_up(request.chain_version)
             if request.version == 0:
                 self._fenced()
-            if request.kind == UpdateKind.REPLACE and not self._order.admit(request):
-                raise EmberfsError(Code.SUPERSEDED, "a later replacement has come before")
+            if request.version and not self._order.admit(request):
+                raise EmberfsError(Code.SUPERSEDED, "a later message has come before")
             version, length = await replica.update(request, source)
             if request.version == 0:
                 # Committed or not by the chain as it is now: the retry will be told.

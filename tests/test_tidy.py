@@ -51,6 +51,7 @@ PURE = {
     "storage.craq",
     "storage.readrule",
     "storage.records",
+    "storage.hoporder",
     "storage.progress",
     "storage.redo",
     "storage.remembering",
