@@ -2,9 +2,10 @@
 VENV  ?= .venv
 MOUNT ?= mnt
 BIN   := $(VENV)/bin
+PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml runtime/_native.c deploy/install.sh
 
-.PHONY: fuzz sim sim-long up down clean-data status install test check unit integration demo bench proto help
+.PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -31,8 +32,9 @@ $(VENV)/installed-test: $(INPUTS)
 	@deploy/install.sh $(VENV) test
 	@touch $(VENV)/installed $@
 
-test: check                    ## the whole test suite: checks, unit, semantics, integration
-	@$(BIN)/pytest $(PYTEST_FLAGS)
+test: check                    ## the whole test suite: checks, unit, simulation, model, fuzz, real processes
+	@$(BIN)/pytest -n auto --dist worksteal $(PYTEST_FLAGS) $(PURE_TESTS)
+	@$(BIN)/pytest $(PYTEST_FLAGS) tests/semantics tests/integration
 
 unit: $(VENV)/installed-test   ## the fast tests only
 	@$(BIN)/pytest -q tests/test_tidy.py tests/unit tests/semantics/test_local.py
@@ -54,6 +56,12 @@ sim: $(VENV)/installed-test    ## one simulated history, told in full if it fail
 
 sim-long: $(VENV)/installed-test  ## simulated histories on all cores (SECONDS=3600 of wall time, FIRST=seed)
 	@cd tests && $(abspath $(BIN))/python -m sim.many --wall $(or $(SECONDS),3600) --first $(or $(FIRST),0)
+
+model: $(VENV)/installed-test  ## the chain protocol in spin, exhaustively for the stated bounds (minutes)
+	@$(BIN)/python tests/model/run.py full
+
+kill-matrix: $(VENV)/installed-test  ## kill and freeze every role of a real cluster under load (REPEAT=20)
+	@PYTHONPATH=tests $(BIN)/python tests/integration/kill_matrix.py $(or $(REPEAT),20)
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py
