@@ -1,4 +1,48 @@
-/* HEADER */
+/* The replication protocol of one chunk on one chain, for spin. See README.md; run.py drives it.
+
+   Rule here                          product
+   move_on, forward, take, adopt,     storage/craq.py ChunkMachine: _move_on, _forward, _take, _on_routing,
+     begin_client, begin_hop, join      _begin_client, _begin_hop, _twin; _lost_place; _on_forward_answered, _failed
+   LEFTOVER, act 11                   craq._begin_leftover, target.py FinishLeftovers
+   PLAN_*, Readers                    storage/readrule.py plan_read, settle_read; reads.py _check, version
+   overtake                           storage/forward.py ReplaceOrder
+   HEAD, TAIL, SUCC, WRITABLE         storage/view.py, proto/cluster.py Chain
+   sess, act 13-19                    storage/filling.py Recovery, resync.compare, service.sync
+   evaluate                           mgmtd/chain.py next_chain, run until it settles as membership._evaluate does
+   Mgmtd, DEAD, ENTERS, TELLS         mgmtd/membership.py _tick, _register, _heartbeat, _local_state
+   lease, needs, LEASE_OK             client/agent.py Agent, storage/server.py _lease_ok
+   Writer                             client/chunkwrite.py ChunkWriter (same tag again), nodecalls still_good
+
+   Left out, and why that hides nothing (bounds apart):
+   - Many chunks and chains: the machine is per chunk; only routing, lease and recovery are shared,
+     and recovery sends chunk by chunk under the chunk's lock.
+   - Content is which writes are in it and the last one. A write is applied to what its replica has,
+     so that a replica that missed one can be told. Remembered tags are those of the writes in it:
+     records hold both in one batch. Limit: 16 writers remembered per chunk.
+   - A step between two durable effects is one action: everything before it is a crash of before.
+     PREPARE is an action of its own, since it may last (thread, disk) while all else goes on.
+   - Queues: an operation that waits for the chunk is a message that has not arrived. Arrival checks
+     are made again at the beginning (craq._begin), except the lease of a client's update, which is
+     therefore never checked here: more runs, not fewer.
+   - Network between replicas and from clients: any delay and reordering; a caller that gives up
+     leaves its request (or the answer) on the way, its next try is the duplicate. A message dies
+     with the receiving process (connection), not with the sender. At most SLOTS requests to one
+     replica; a third one that is late is lost. Loss is delay for ever.
+   - Clients' routing: any version that they may still have. A read at a replica without dispute
+     begins and ends in one step at any moment, by any client: every longer read is allowed more.
+   - A lease is a bit. It runs out only while the replica is cut off or dead, and mgmtd buries only
+     after that (half a lease against a whole one; monotonic clocks that run alike). A cut is between
+     one replica and mgmtd, both ways, routing included.
+   - Heartbeats and their answers are one step: only lease and UPTODATE on the current chain version
+     matter, and both are void when stale (incarnation, chain version).
+   - mgmtd is one that does not fail: what it publishes is durable; its own restart only delays.
+   - A try that is certain to be refused again is not made, so that every run ends: fairness is then
+     not needed, and "ends" below means every run of the bound, with the bound's faults.
+   - Not modelled: creation, removal, truncation, NO_SPACE, damaged data, power cuts and lost disks
+     (DISTRUSTED), repair, flush. The simulator covers these.
+
+   Properties: observe(), check_commit(), never_lost(), the asserts in begin_client(), and those of
+   World when nothing more can happen. */
 
 #ifndef CRASHES
 #define CRASHES 1          /* process deaths (each followed by a restart, some time) */
@@ -140,7 +184,7 @@ hidden byte todo;                          /* what the step goes on with */
 #define FINISH 3
 #define LOSE 4
 byte a, b, n;                              /* scratch, always 0 between steps */
-bit good = 0;
+bit good = 0;                              /* the end has been looked at */
 
 /* ---------------------------------------------------------------- properties */
 
@@ -254,7 +298,8 @@ inline send(i, kind_, ver_, val_, id_) {
 
 inline acknowledge(i, id_) {
     assert(HAS(cval[i], id_));
-    observe(cver[i], cval[i], 0, gack);
+    /* An older head may be late to say so: what others were told meanwhile does not bind it. */
+    observe(cver[i], cval[i], 0, 0);
     gack = gack | BIT(id_);
     never_lost();
     b = WRITER(id_);
@@ -612,10 +657,12 @@ inline evaluate(fresh) {
 
 /* ---------------------------------------------------------------- processes */
 
+/* replica.settled. A leftover counts as in work: FinishLeftovers has started it before the recovery
+   task runs (hosted.open), or at least before it can hold the chunk (replica.settle). */
 #ifdef MUT_NOT_SETTLED
 #define SETTLED(i) 1
 #else
-#define SETTLED(i) (op[i].ph == IDLE)
+#define SETTLED(i) (op[i].ph == IDLE && pver[i] == 0)
 #endif
 #ifdef BUG_SUCCESSOR_UNSETTLED
 #define SETTLED_THERE(s) 1
@@ -757,7 +804,7 @@ end:
            (sess[i] == 5 && completed[S(i)] != rv[i])) -> act = 13
         :: up[i] && sess[i] == 1 && sver[i] == rv[i] && up[S(i)] -> act = 14
         :: up[i] && sess[i] == 2 && sver[i] == rv[i] -> act = 15
-        :: up[i] && sess[i] == 3 && sver[i] == rv[i] && op[i].ph == IDLE -> act = 16
+        :: up[i] && sess[i] == 3 && sver[i] == rv[i] && op[i].ph == IDLE && pver[i] == 0 -> act = 16
         :: up[i] && op[i].ph == HELD && ans[i] -> act = 17
         :: up[i] && op[i].ph == HELD && !ans[i] && timeouts -> act = 18
         :: up[i] && sess[i] == 4 && sver[i] == rv[i] && up[S(i)] && rv[S(i)] == sver[i] &&
@@ -1035,5 +1082,3 @@ init {
         run_readers(); run World()
     }
 }
-
-ltl completes { <> good }
