@@ -25,8 +25,6 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sim.history import History
-
 from emberfs.client.control import Control
 from emberfs.deploy import processes
 from emberfs.deploy.plan import STORAGE_NODE_FIRST, Plan, write_plan
@@ -42,6 +40,7 @@ from integration.loads import (
     quantile_s,
     quiet,
 )
+from sim.history import History
 
 ROLES = ("head", "middle", "tail", "meta", "mgmtd")
 SIGNALS = ("kill", "freeze")

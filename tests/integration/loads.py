@@ -13,15 +13,14 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sim.check_durable import check_acknowledged
-from sim.check_linear import check_linear
-from sim.history import FOREVER_NS, History, Op, load
-from sim.violation import report
-
 from emberfs.client.file import connect
 from integration import history_load
 from integration.harness import wait_until
 from integration.history_load import CHUNK_BYTES, QUIET, Job, NativeHandle, prepare
+from sim.check_durable import check_acknowledged
+from sim.check_linear import check_linear
+from sim.history import FOREVER_NS, History, Op, load
+from sim.violation import report
 
 END_S = 30.0
 

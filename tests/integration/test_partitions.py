@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
-from sim.history import History
 
 from integration import loads as loads_module
 from integration.harness import run, wait_until
 from integration.history_load import Job
 from integration.loads import LoadProcess, Loads, check_history, longest_s
 from integration.namespaces import CLIENT, CLUSTER, CONTROL, STORAGES, Hosts, refusal, several_hosts
+from sim.history import History
 
 PARTITION_S = 9.0  # past the lease of 5 s
 WRITES_MAX_S = 12.0  # the design says 6 s; dead links add a time-out, and machines are shared

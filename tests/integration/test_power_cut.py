@@ -25,9 +25,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from sim.check_durable import check_durable
-from sim.history import History
-from sim.violation import report
 
 from emberfs.client.blocking import Client
 from emberfs.deploy.plan import Plan, write_plan
@@ -35,6 +32,9 @@ from integration.harness import LocalCluster, local_cluster
 from integration.history_load import CHUNK_BYTES, CHUNKS, SLOT_BYTES, SLOTS, Job
 from integration.loads import loading, make_shared_files
 from integration.power import Recorder, image_at, mounted, recorded_disks, write_times
+from sim.check_durable import check_durable
+from sim.history import History
+from sim.violation import report
 
 CUTS = int(os.environ.get("POWER_CUTS", "3"))
 SEED = int(os.environ.get("POWER_SEED", "1"))
