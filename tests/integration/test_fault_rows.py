@@ -99,7 +99,7 @@ def test_o10_attributes_asked_for_in_a_storm_while_writing(shared: LocalCluster)
         done.set()
         for thread in stormers:
             thread.join(20)
-    assert asked[0] > 10
+    assert asked[0] > 2  # each waits for what is buffered then
     assert not problems
     assert digest(path) == hashlib.sha256(data).hexdigest()
 

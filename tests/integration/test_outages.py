@@ -22,6 +22,10 @@ STORAGES = ("storage1", "storage2", "storage3")
 PAUSE_MAX_S = 10.0  # the design says 6 s; the machine may be shared
 
 
+LONG = os.environ.get("EMBERFS_FAULTS") == "long"
+ORDERS = [(2, 3, 1), (1, 2, 3)] if LONG else [(2, 3, 1)]  # who returns first, second, third
+
+
 @contextmanager
 def writing(cluster: LocalCluster, name: str = "moving") -> Iterator[Writer]:
     """Write beside what the test does; afterwards everything written is compared."""
@@ -88,7 +92,7 @@ def settle(cluster: LocalCluster, files: dict[str, bytes]) -> None:
     assert "clean:" in cluster.fsck()
 
 
-@pytest.mark.parametrize("order", [(1, 2, 3), (2, 3, 1)], ids=["last-last", "last-between"])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_r7_a_chain_that_died_one_by_one_waits_for_its_last(
     fresh: LocalCluster, order: tuple[int, ...]
 ) -> None:

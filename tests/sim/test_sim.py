@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
 SEEDS = 200
-SECONDS = 12.0  # of faults in each
+SECONDS = 8.0  # of faults in each
 SLICES = 8
 
 
