@@ -72,8 +72,8 @@ class World:
     def __init__(self, loop: SimLoop, seed: int, shape: Shape) -> None:
         self.loop = loop
         self.shape = shape
-        self.dice = random.Random(seed)
-        self.network = Network(loop, random.Random(self.dice.random()))
+        self._seed = seed
+        self.network = Network(loop, self.dice_of("network"))
         self.machines: dict[str, Machine] = {}
         self.kv = self._machine("kv")
         self.mgmtd = [self._machine(f"mgmtd{n + 1}") for n in range(shape.mgmtd)]
@@ -85,9 +85,13 @@ class World:
         self.engine: Engine | None = None
 
     def _machine(self, name: str) -> Machine:
-        machine = Machine(name, self.loop, self.network, random.Random(self.dice.random()))
+        machine = Machine(name, self.loop, self.network, self.dice_of(name))
         self.machines[name] = machine
         return machine
+
+    def dice_of(self, name: str) -> random.Random:
+        """Dice of one's own: a machine more or a load more does not change what others throw."""
+        return random.Random(f"{self._seed} {name}")
 
     # ------------------------------------------------------------ life
 

@@ -1,7 +1,6 @@
 """Who makes the faults: one after another or overlapping, by dice; everything is healed at last."""
 
 import asyncio
-import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ class Nemesis:
         self.mood = mood
         self.counts: Counter[str] = Counter()
         self.story: list[str] = []
-        self.dice = random.Random(world.dice.random())
+        self.dice = world.dice_of("nemesis")
         self._rotting: Machine | None = None
         self._broken: set[str] = set()  # machines that have a fault just now
 

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import logging
 import os
+import random
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def mood_of(seed: int) -> Mood:
 
 def shape_of(seed: int) -> Shape:
     """Mostly three nodes; sometimes more nodes than replicas, or two replicas."""
-    turn = seed // len(MOODS) % 4
+    turn = random.Random(f"shape {seed}").randrange(4)
     if turn == 2:
         return Shape(storage=4, chains=2)
     if turn == 3:

@@ -59,7 +59,7 @@ class Workload:
         self.errors: list[tuple[int, str]] = []  # what clients were told: when, what
         self.pause_ns = PAUSE_NS
         self.hot_share = 0.0  # of the operations that go to the first place
-        self._dice = random.Random(world.dice.random())
+        self._dice = world.dice_of("load")
         self._clients = 0
 
     def start(self, index: int) -> None:
