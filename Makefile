@@ -70,6 +70,6 @@ bench: $(VENV)/installed-test  ## figures, limits and ratios
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 proto: $(VENV)/installed-test  ## regenerate the gRPC stubs
-	@out=$$(mktemp -d) && $(BIN)/python -m grpc_tools.protoc -I tests/typecheck --python_out=$$out \
+	@out=$$(mktemp -d) && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I tests/typecheck --python_out=$$out \
 	  --grpc_python_out=$$out --mypy_out=$$out --mypy_grpc_out=$$out emberfs/proto/control.proto && \
 	  cp $$out/emberfs/proto/control_pb2* proto/ && rm -r $$out

@@ -44,6 +44,10 @@ class Connection(Protocol):
         """Renew a lease; see Control.heartbeat."""
         ...
 
+    async def report_death(self, cluster: ClusterId, node_id: NodeId, incarnation: int) -> None:
+        """Report that a process is dead; see Control.report_death."""
+        ...
+
     async def create_chains(
         self, cluster: ClusterId, chains: Sequence[tuple[ChainId, tuple[TargetId, ...]]]
     ) -> list[ChainId]:

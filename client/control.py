@@ -59,6 +59,12 @@ class Control:
             )
         )
 
+    async def report_death(self, node_id: NodeId, incarnation: int) -> None:
+        """Say that no thread of this process is left: its lease ends now. May be repeated."""
+        await self._call(
+            lambda connection: connection.report_death(self._id(), node_id, incarnation)
+        )
+
     async def create_chains(
         self, chains: Sequence[tuple[ChainId, tuple[TargetId, ...]]]
     ) -> list[ChainId]:

@@ -84,6 +84,13 @@ class GrpcConnection:
         )
         return _lease(await self._call(self._stub().Heartbeat(request, timeout=_TIMEOUT_S)))
 
+    async def report_death(self, cluster: ClusterId, node_id: NodeId, incarnation: int) -> None:
+        """See Control.report_death."""
+        request = pb.ReportDeathRequest(
+            cluster=cluster.name, identity=cluster.identity, node=node_id, incarnation=incarnation
+        )
+        await self._call(self._stub().ReportDeath(request, timeout=_TIMEOUT_S))
+
     async def create_chains(
         self, cluster: ClusterId, chains: Sequence[tuple[ChainId, tuple[TargetId, ...]]]
     ) -> list[ChainId]:

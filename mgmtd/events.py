@@ -38,6 +38,13 @@ class HeartbeatArrived(msgspec.Struct, frozen=True, gc=False):
     reports: tuple[TargetReport, ...]
 
 
+class DeathReported(msgspec.Struct, frozen=True, gc=False):
+    """Its host says that no thread of a process is left."""
+
+    node: NodeId
+    incarnation: int
+
+
 class ChainsRequested(msgspec.Struct, frozen=True, gc=False):
     """An operator wants these chains, head first."""
 
@@ -48,7 +55,7 @@ class Ticked(msgspec.Struct, frozen=True, gc=False):
     """Time has passed; comes every `Timing.tick_ns`."""
 
 
-Event: TypeAlias = Loaded | Registered | HeartbeatArrived | ChainsRequested | Ticked
+Event: TypeAlias = Loaded | Registered | HeartbeatArrived | DeathReported | ChainsRequested | Ticked
 
 
 class Persist(msgspec.Struct, frozen=True, gc=False):

@@ -1,8 +1,9 @@
 """Who is alive, what each target says of itself, and so the state of every chain.
 
 One machine: `handle(event, now_ns) -> effects`. A node is alive from its registration or heartbeat
-until a full lease has passed without another; its targets are OFFLINE from then on. Chains are
-evaluated on every event that changes what is known of their targets, never by polling.
+until a full lease has passed without another, or its host has reported the death of the process;
+its targets are OFFLINE from then on. Chains are evaluated on every event that changes what is known
+of their targets, never by polling.
 
 Rules for reports:
 - UPTODATE counts only if it was decided on the current version of the chain; else it is ONLINE.
@@ -27,6 +28,7 @@ from emberfs.mgmtd.chain import check_chain, next_chain
 from emberfs.mgmtd.events import (
     Answer,
     ChainsRequested,
+    DeathReported,
     Effect,
     Event,
     HeartbeatArrived,
@@ -125,6 +127,8 @@ class Membership:
                 self._register(event, now_ns, outcome)
             case HeartbeatArrived():
                 self._heartbeat(event, now_ns, outcome)
+            case DeathReported():
+                self._die(event, outcome)
             case ChainsRequested():
                 self._create(event, now_ns, outcome)
             case Ticked():
@@ -176,6 +180,19 @@ class Membership:
                 ):
                     member.settled = True
                     self._suspect_node(member.node.id, outcome)
+
+    def _die(self, event: DeathReported, outcome: _Outcome) -> None:
+        """End a lease early; a heartbeat of the dead that is still on its way is none any more."""
+        member = self._members.get(event.node)
+        if (
+            member is not None
+            and member.node.alive
+            and member.node.incarnation == event.incarnation
+            and member.node.kind != NodeKind.MGMTD
+        ):
+            member.superseded = (*member.superseded, event.incarnation)[-SUPERSEDED_MAX:]
+            self._bury(member, outcome)
+        outcome.reply = Answer(RoutingVersion(0))
 
     def _bury(self, member: _Member, outcome: _Outcome) -> None:
         number = member.node.id
@@ -248,9 +265,10 @@ class Membership:
 
     def _heartbeat(self, event: HeartbeatArrived, now_ns: int, outcome: _Outcome) -> None:
         member = self._members.get(event.node)
-        if member is None or (member.node.kind, member.node.incarnation) != (
-            event.kind,
-            event.incarnation,
+        if (
+            member is None
+            or event.incarnation in member.superseded
+            or (member.node.kind, member.node.incarnation) != (event.kind, event.incarnation)
         ):
             message = f"node {event.node} is not registered with this incarnation; register again"
             outcome.reply = Refused(Code.NOT_REGISTERED, message)

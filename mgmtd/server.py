@@ -16,7 +16,13 @@ from emberfs.kv.rocks import RocksStore
 from emberfs.kv.transactions import Transactions
 from emberfs.mgmtd import metrics
 from emberfs.mgmtd.embedded import EmbeddedEngine
-from emberfs.mgmtd.events import ChainsRequested, HeartbeatArrived, Registered, Timing
+from emberfs.mgmtd.events import (
+    ChainsRequested,
+    DeathReported,
+    HeartbeatArrived,
+    Registered,
+    Timing,
+)
 from emberfs.mgmtd.manager import Manager
 from emberfs.proto import control_pb2 as pb
 from emberfs.proto.cluster import ClusterId, Node, NodeKind, RoutingSnapshot
@@ -162,7 +168,11 @@ def _probe(host: str, port: int) -> None:
 
 
 _Request: TypeAlias = (
-    pb.RegisterRequest | pb.HeartbeatRequest | pb.CreateChainsRequest | pb.WatchRoutingRequest
+    pb.RegisterRequest
+    | pb.HeartbeatRequest
+    | pb.ReportDeathRequest
+    | pb.CreateChainsRequest
+    | pb.WatchRoutingRequest
 )
 
 
@@ -213,6 +223,18 @@ class _Servicer(MgmtdServicer):
             )
 
         return await self._answer("Heartbeat", request, context, answer)
+
+    async def ReportDeath(  # noqa: N802
+        self, request: pb.ReportDeathRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReportDeathReply:
+        """See control.proto."""
+
+        async def answer() -> pb.ReportDeathReply:
+            event = DeathReported(NodeId(request.node), request.incarnation)
+            granted = await self._manager.request(event)
+            return pb.ReportDeathReply(routing_version=granted.version)
+
+        return await self._answer("ReportDeath", request, context, answer)
 
     async def CreateChains(  # noqa: N802
         self, request: pb.CreateChainsRequest, context: grpc.aio.ServicerContext

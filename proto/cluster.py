@@ -141,6 +141,7 @@ class TargetReport(msgspec.Struct, frozen=True, gc=False):
     scrub_percent: int = 0  # of the pass in work; 0 while none is
     scrub_finished_s: int = 0  # when the last whole pass ended, seconds since 1970; 0: never
     scrub_findings: int = 0  # damaged or differing chunks since the process started
+    unreachable: tuple[TargetId, ...] = ()  # members of its chain that have not answered it lately
 
 
 class TargetStatus(msgspec.Struct, frozen=True, gc=False):
@@ -151,6 +152,7 @@ class TargetStatus(msgspec.Struct, frozen=True, gc=False):
     chain: ChainId  # 0 while it belongs to no chain
     public: PublicState
     report: TargetReport
+    unwanted: str = ""  # why it is to leave its chain by itself, until this is empty again
 
 
 class RoutingSnapshot(msgspec.Struct, frozen=True, gc=False):

@@ -158,6 +158,7 @@ class TargetReport(_message.Message):
     SCRUB_PERCENT_FIELD_NUMBER: _builtins.int
     SCRUB_FINISHED_S_FIELD_NUMBER: _builtins.int
     SCRUB_FINDINGS_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
     target: _builtins.int
     local: Global___LocalState.ValueType
     chain_version: _builtins.int
@@ -175,6 +176,10 @@ class TargetReport(_message.Message):
     scrub_percent: _builtins.int
     scrub_finished_s: _builtins.int
     scrub_findings: _builtins.int
+    @_builtins.property
+    def unreachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Members of its chain that do not answer it, though it has asked for seconds."""
+
     def __init__(
         self,
         *,
@@ -195,10 +200,11 @@ class TargetReport(_message.Message):
         scrub_percent: _builtins.int = ...,
         scrub_finished_s: _builtins.int = ...,
         scrub_findings: _builtins.int = ...,
+        unreachable: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chain_version", b"chain_version", "damaged_chunks", b"damaged_chunks", "local", b"local", "reason", b"reason", "scrub_findings", b"scrub_findings", "scrub_finished_s", b"scrub_finished_s", "scrub_percent", b"scrub_percent", "sync_bytes_per_s", b"sync_bytes_per_s", "sync_done_bytes", b"sync_done_bytes", "sync_done_chunks", b"sync_done_chunks", "sync_problem", b"sync_problem", "sync_source", b"sync_source", "sync_total_bytes", b"sync_total_bytes", "sync_total_chunks", b"sync_total_chunks", "target", b"target", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chain_version", b"chain_version", "damaged_chunks", b"damaged_chunks", "local", b"local", "reason", b"reason", "scrub_findings", b"scrub_findings", "scrub_finished_s", b"scrub_finished_s", "scrub_percent", b"scrub_percent", "sync_bytes_per_s", b"sync_bytes_per_s", "sync_done_bytes", b"sync_done_bytes", "sync_done_chunks", b"sync_done_chunks", "sync_problem", b"sync_problem", "sync_source", b"sync_source", "sync_total_bytes", b"sync_total_bytes", "sync_total_chunks", b"sync_total_chunks", "target", b"target", "unreachable", b"unreachable", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -264,10 +270,13 @@ class TargetStatus(_message.Message):
     CHAIN_FIELD_NUMBER: _builtins.int
     PUBLIC_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    UNWANTED_FIELD_NUMBER: _builtins.int
     target: _builtins.int
     node: _builtins.int
     chain: _builtins.int
     public: Global___PublicState.ValueType
+    unwanted: _builtins.str
+    """Not empty: it is to leave its chain until this is empty again; says why."""
     @_builtins.property
     def report(self) -> Global___TargetReport: ...
     def __init__(
@@ -278,10 +287,11 @@ class TargetStatus(_message.Message):
         chain: _builtins.int = ...,
         public: Global___PublicState.ValueType = ...,
         report: Global___TargetReport | None = ...,
+        unwanted: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "node", b"node", "public", b"public", "report", b"report", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "node", b"node", "public", b"public", "report", b"report", "target", b"target", "unwanted", b"unwanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,6 +459,53 @@ class HeartbeatReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatReply: _TypeAlias = HeartbeatReply  # noqa: Y015
+
+@_typing.final
+class ReportDeathRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    cluster: _builtins.str
+    identity: _builtins.int
+    node: _builtins.int
+    incarnation: _builtins.int
+    def __init__(
+        self,
+        *,
+        cluster: _builtins.str = ...,
+        identity: _builtins.int = ...,
+        node: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "identity", b"identity", "incarnation", b"incarnation", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportDeathRequest: _TypeAlias = ReportDeathRequest  # noqa: Y015
+
+@_typing.final
+class ReportDeathReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTING_VERSION_FIELD_NUMBER: _builtins.int
+    routing_version: _builtins.int
+    def __init__(
+        self,
+        *,
+        routing_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["routing_version", b"routing_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportDeathReply: _TypeAlias = ReportDeathReply  # noqa: Y015
 
 @_typing.final
 class WatchRoutingRequest(_message.Message):

@@ -44,6 +44,11 @@ class MgmtdStub:
                 request_serializer=emberfs_dot_proto_dot_control__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=emberfs_dot_proto_dot_control__pb2.HeartbeatReply.FromString,
                 _registered_method=True)
+        self.ReportDeath = channel.unary_unary(
+                '/emberfs.control.v1.Mgmtd/ReportDeath',
+                request_serializer=emberfs_dot_proto_dot_control__pb2.ReportDeathRequest.SerializeToString,
+                response_deserializer=emberfs_dot_proto_dot_control__pb2.ReportDeathReply.FromString,
+                _registered_method=True)
         self.WatchRouting = channel.unary_stream(
                 '/emberfs.control.v1.Mgmtd/WatchRouting',
                 request_serializer=emberfs_dot_proto_dot_control__pb2.WatchRoutingRequest.SerializeToString,
@@ -69,6 +74,14 @@ class MgmtdServicer:
 
     def Heartbeat(self, request, context):
         """Renews the lease. NOT_FOUND: not registered with this incarnation, register again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportDeath(self, request, context):
+        """No thread of this process is left, as its host knows: its lease ends now. An incarnation that
+        is not the present one is no news, and no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +113,11 @@ def add_MgmtdServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=emberfs_dot_proto_dot_control__pb2.HeartbeatRequest.FromString,
                     response_serializer=emberfs_dot_proto_dot_control__pb2.HeartbeatReply.SerializeToString,
+            ),
+            'ReportDeath': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportDeath,
+                    request_deserializer=emberfs_dot_proto_dot_control__pb2.ReportDeathRequest.FromString,
+                    response_serializer=emberfs_dot_proto_dot_control__pb2.ReportDeathReply.SerializeToString,
             ),
             'WatchRouting': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRouting,
@@ -166,6 +184,33 @@ class Mgmtd:
             '/emberfs.control.v1.Mgmtd/Heartbeat',
             emberfs_dot_proto_dot_control__pb2.HeartbeatRequest.SerializeToString,
             emberfs_dot_proto_dot_control__pb2.HeartbeatReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportDeath(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/emberfs.control.v1.Mgmtd/ReportDeath',
+            emberfs_dot_proto_dot_control__pb2.ReportDeathRequest.SerializeToString,
+            emberfs_dot_proto_dot_control__pb2.ReportDeathReply.FromString,
             options,
             channel_credentials,
             insecure,

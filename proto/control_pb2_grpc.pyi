@@ -53,6 +53,10 @@ class MgmtdStub:
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_control_pb2.HeartbeatRequest, _control_pb2.HeartbeatReply]
     """Renews the lease. NOT_FOUND: not registered with this incarnation, register again."""
+    ReportDeath: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReportDeathRequest, _control_pb2.ReportDeathReply]
+    """No thread of this process is left, as its host knows: its lease ends now. An incarnation that
+    is not the present one is no news, and no error.
+    """
     WatchRouting: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchRoutingRequest, _control_pb2.Routing]
     """The current snapshot at once, then every newer one the moment it exists."""
     CreateChains: _grpc.UnaryUnaryMultiCallable[_control_pb2.CreateChainsRequest, _control_pb2.CreateChainsReply]
@@ -67,6 +71,10 @@ class MgmtdAsyncStub(MgmtdStub):
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_control_pb2.HeartbeatRequest, _control_pb2.HeartbeatReply]  # type: ignore[assignment]
     """Renews the lease. NOT_FOUND: not registered with this incarnation, register again."""
+    ReportDeath: _aio.UnaryUnaryMultiCallable[_control_pb2.ReportDeathRequest, _control_pb2.ReportDeathReply]  # type: ignore[assignment]
+    """No thread of this process is left, as its host knows: its lease ends now. An incarnation that
+    is not the present one is no news, and no error.
+    """
     WatchRouting: _aio.UnaryStreamMultiCallable[_control_pb2.WatchRoutingRequest, _control_pb2.Routing]  # type: ignore[assignment]
     """The current snapshot at once, then every newer one the moment it exists."""
     CreateChains: _aio.UnaryUnaryMultiCallable[_control_pb2.CreateChainsRequest, _control_pb2.CreateChainsReply]  # type: ignore[assignment]
@@ -90,6 +98,16 @@ class MgmtdServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.HeartbeatReply, _abc.Awaitable[_control_pb2.HeartbeatReply]]:
         """Renews the lease. NOT_FOUND: not registered with this incarnation, register again."""
+
+    @_abc_1.abstractmethod
+    def ReportDeath(
+        self,
+        request: _control_pb2.ReportDeathRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ReportDeathReply, _abc.Awaitable[_control_pb2.ReportDeathReply]]:
+        """No thread of this process is left, as its host knows: its lease ends now. An incarnation that
+        is not the present one is no news, and no error.
+        """
 
     @_abc_1.abstractmethod
     def WatchRouting(

@@ -79,6 +79,7 @@ def report_to_wire(report: TargetReport) -> pb.TargetReport:
         scrub_percent=report.scrub_percent,
         scrub_finished_s=report.scrub_finished_s,
         scrub_findings=report.scrub_findings,
+        unreachable=report.unreachable,
     )
 
 
@@ -111,6 +112,7 @@ def report_from_wire(message: pb.TargetReport) -> TargetReport:
         scrub_percent=message.scrub_percent,
         scrub_finished_s=message.scrub_finished_s,
         scrub_findings=message.scrub_findings,
+        unreachable=tuple(TargetId(number) for number in message.unreachable),
     )
 
 
@@ -154,6 +156,7 @@ def _status_to_wire(status: TargetStatus) -> pb.TargetStatus:
         chain=status.chain,
         public=pb.PublicState.ValueType(status.public),
         report=report_to_wire(status.report),
+        unwanted=status.unwanted,
     )
 
 
@@ -164,6 +167,7 @@ def _status_from_wire(message: pb.TargetStatus) -> TargetStatus:
         chain=ChainId(message.chain),
         public=_public_from_wire(message.public),
         report=report_from_wire(message.report),
+        unwanted=message.unwanted,
     )
 
 

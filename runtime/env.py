@@ -128,3 +128,11 @@ class Env(Protocol):
     async def run_blocking(self, work: Callable[[], T]) -> T:
         """Run a blocking function outside the event loop."""
         ...
+
+    def bequeath(self, module: str, words: str) -> None:
+        """Have `python -m module words` run should this process die; no words take it back.
+
+        It runs when no thread of the process can execute another line. It need not run: the
+        machine may die, too.
+        """
+        ...

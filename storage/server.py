@@ -6,6 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from emberfs.client.agent import Agent
+from emberfs.client.lastwill import make_will, revoke_will
 from emberfs.client.routing import Routing
 from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.pool import PeerPool
@@ -121,6 +122,7 @@ class StorageServer:
         await self._routing.start(START_TIMEOUT_NS)
         await self.service.open()
         await self._agent.start(START_TIMEOUT_NS)
+        make_will(env, self._control, node)
         # mgmtd may have given up on a former life of ours after our first snapshot was sent.
         self._routing.offer(await self._control.routing())
 
@@ -134,6 +136,7 @@ class StorageServer:
         await self._routing.close()
         await self._control.close()
         await self._peers.close()
+        revoke_will(self._env)
 
     async def _fabric_close(self, fabric: Server) -> None:
         # Updates that wait for a successor would outlast any drain: the replicas end them first.

@@ -9,16 +9,26 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
+
+import msgspec
 
 from emberfs.client.cluster import Cluster
 from emberfs.client.connection import CALL_TIMEOUT_NS, Lease
 from emberfs.client.control import Control
+from emberfs.client.lastwill import Will, carry_out
 from emberfs.client.routing import Routing
 from emberfs.client.wiring import Wiring
 from emberfs.kv.transaction import Engine
 from emberfs.meta.server import MetaConfig, MetaService
-from emberfs.mgmtd.events import ChainsRequested, HeartbeatArrived, Registered, Timing
+from emberfs.mgmtd.events import (
+    ChainsRequested,
+    DeathReported,
+    HeartbeatArrived,
+    Registered,
+    Timing,
+)
 from emberfs.mgmtd.manager import Manager
 from emberfs.proto.cluster import (
     ClusterId,
@@ -40,7 +50,7 @@ from emberfs.proto.ids import (
 from emberfs.storage.server import StorageConfig, StorageServer
 from sim.check_versions import Seen
 from sim.loop import SimLoop
-from sim.machine import Machine, SimEnv
+from sim.machine import Machine, SimEnv, as_env
 from sim.network import Network, SimTransport, remote, remote_stream
 
 T = TypeVar("T")
@@ -134,7 +144,13 @@ class World:
         await manager.start()
         machine.service = manager
 
+    async def _report_death(self, machine: Machine, env: SimEnv, words: str) -> None:
+        control = self.wiring(machine).control(self.addresses, CLUSTER)
+        await carry_out(as_env(env), control, msgspec.json.decode(words, type=Will))
+        self.network.counts["death reported"] += 1
+
     async def _live_storage(self, machine: Machine, env: SimEnv, number: int) -> None:
+        machine.heir = partial(self._report_death, machine)
         config = StorageConfig(
             cluster=CLUSTER,
             node=10 + number,
@@ -381,6 +397,10 @@ class SimConnection:
         """See Connection."""
         event = HeartbeatArrived(node_id, kind, incarnation, tuple(reports))
         return _lease(*await self._call(cluster, event))
+
+    async def report_death(self, cluster: ClusterId, node_id: NodeId, incarnation: int) -> None:
+        """See Connection."""
+        await self._call(cluster, DeathReported(node_id, incarnation))
 
     async def create_chains(
         self, cluster: ClusterId, chains: Sequence[tuple[ChainId, tuple[TargetId, ...]]]

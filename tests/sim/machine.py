@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 DRIFT_PPM = 200  # clocks of machines run at slightly different speeds
 THREAD_NS = (20 * US, 400 * US)
+HEIR_NS = (20 * MS, 600 * MS)  # from a death to the moment at which its heir speaks
 WALL_NS = 1_700_000_000 * SECOND
 
 
@@ -35,6 +36,9 @@ class Machine:
         self.offset_ns = dice.randint(1, 10**6) * SECOND
         self.wall_step_ns = 0
         self.failure: str = ""
+        self.will = ""  # of the process, see env.Env.bequeath
+        self.heir: Callable[[SimEnv, str], Coroutine[Any, Any, None]] | None = None
+        self.heir_share = 0.0  # of the deaths after which the will is carried out
 
     @property
     def running(self) -> bool:
@@ -45,6 +49,7 @@ class Machine:
         """Start a process; `begin` runs in it and keeps `service` up to date."""
         assert not self.running, f"{self.name} runs already"
         self.lives += 1
+        self.will = ""
         process = self.process = Process(f"{self.name}.{self.lives}")
         process.watchers.append(lambda: self._died(process))
         env = SimEnv(self, process)
@@ -63,7 +68,26 @@ class Machine:
         task.add_done_callback(lambda t: t.cancelled() or t.exception())
 
     def _died(self, process: Process) -> None:
-        self.network.process_died(process, self.name, silent=self.name in self.network.down)
+        silent = self.name in self.network.down
+        self.network.process_died(process, self.name, silent=silent)
+        if self.will and self.heir and not silent and self.dice.random() < self.heir_share:
+            self._inherit(process, self.heir, self.will)
+
+    def _inherit(
+        self,
+        dead: Process,
+        heir: Callable[["SimEnv", str], Coroutine[Any, Any, None]],
+        will: str,
+    ) -> None:
+        """Carry out the will of a dead process, in one of its own."""
+        process = Process(f"{dead.name}.heir")
+        env = SimEnv(self, process)
+
+        async def speak() -> None:
+            await env.sleep_ns(self.dice.randint(*HEIR_NS))
+            await heir(env, will)
+
+        process.context.run(self._spawn, speak(), process)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -112,6 +136,10 @@ class SimEnv:
     async def sleep_ns(self, duration_ns: int) -> None:
         """Pause this task."""
         await asyncio.sleep(duration_ns / 1e9)
+
+    def bequeath(self, module: str, words: str) -> None:
+        """See Machine.heir."""
+        self._machine.will = words
 
     async def run_blocking(self, work: Callable[[], T]) -> T:
         """Run `work` at some instant soon; a cancelled caller leaves only when it has ended."""

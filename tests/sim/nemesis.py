@@ -12,6 +12,7 @@ from sim.machine import Machine
 from sim.workload import PAUSE_NS, Workload
 
 HOUR_NS = 3600 * SECOND
+HEIR_SHARE = 0.8
 HOT_SHARE = 0.4
 HOT_PAUSE_NS = 60 * MS
 
@@ -25,6 +26,7 @@ class Mood:
     overlap: bool = False  # several at a time, anywhere; else the cluster recovers in between
     messages: bool = False  # loss, duplicates, delays all the time
     hot: bool = False  # most operations go to one chunk, in quick succession
+    heirs: bool = False  # most deaths of storage processes are reported, as their hosts do it
     gentle: bool = False  # within the replication factor: no client may see an error
 
 
@@ -73,6 +75,14 @@ MOODS = {
         ),
         # A storage node and a client, out of sight of all others, believe in the chains of before.
         Mood("two worlds", ("cut off with a client",), hot=True),
+        Mood(
+            "reported deaths",
+            (*_PROCESS, "kill storage", "kill all storage", "kill mgmtd", "isolate storage"),
+            overlap=True,
+            messages=True,
+            heirs=True,
+            hot=True,
+        ),
     )
 }
 
@@ -89,6 +99,8 @@ class Nemesis:
         self.dice = world.dice_of("nemesis")
         self._rotting: Machine | None = None
         self._broken: set[str] = set()  # machines that have a fault just now
+        for machine in world.storage:
+            machine.heir_share = HEIR_SHARE if mood.heirs else 0.0
 
     async def rage(self, duration_s: float) -> None:
         """Make faults for some time, then heal everything."""
