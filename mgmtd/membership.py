@@ -40,6 +40,7 @@ from emberfs.mgmtd.events import (
     Ticked,
     Timing,
 )
+from emberfs.mgmtd.quarrels import unwanted
 from emberfs.proto.cluster import (
     Chain,
     ChainTarget,
@@ -316,7 +317,7 @@ class Membership:
             return
         self._reports[report.target] = report
         self._progress = True
-        if known is None or (known.local, known.reason) != (report.local, report.reason):
+        if known is None or _news(known) != _news(report):
             outcome.visible = True
         self._suspect(report.target, outcome)
 
@@ -469,16 +470,32 @@ class Membership:
     def _snapshot(self) -> RoutingSnapshot:
         nodes = {number: self._members[number].node for number in sorted(self._members)}
         targets = sorted(self._chain_of.keys() | self._reports.keys())
+        leaving = self._unwanted()
         return RoutingSnapshot(
             cluster=self._cluster,
             version=self._version,
             nodes={self._own.id: self._own, **nodes},
             chains={number: self._chains[number] for number in sorted(self._chains)},
-            targets={target: self._status(target) for target in targets},
+            targets={t: self._status(t, leaving.get(t, "")) for t in targets},
             identity=self._identity,
         )
 
-    def _status(self, target: TargetId) -> TargetStatus:
+    def _unwanted(self) -> dict[TargetId, str]:
+        """Who is to leave its chain, and why."""
+        said = {t: frozenset(r.unreachable) for t, r in self._reports.items() if r.unreachable}
+        if not said:
+            return {}
+        alive = frozenset(
+            target
+            for target in self._chain_of
+            if (member := self._members.get(target_node(target))) and member.node.alive
+        )
+        found: dict[TargetId, str] = {}
+        for number in sorted({self._chain_of[target] for target in said.keys() & alive}):
+            found |= unwanted(self._chains[number], said, alive)
+        return found
+
+    def _status(self, target: TargetId, reason: str) -> TargetStatus:
         number = self._chain_of.get(target)
         place = self._chains[number].member(target) if number is not None else None
         return TargetStatus(
@@ -487,6 +504,7 @@ class Membership:
             chain=number or ChainId(0),
             public=place.state if place is not None else PublicState.OFFLINE,
             report=self._known_report(target),
+            unwanted=reason,
         )
 
     def _known_report(self, target: TargetId) -> TargetReport:
@@ -501,6 +519,11 @@ class Membership:
             reason = f"node {node} does not answer"
             report = msgspec.structs.replace(report, local=LocalState.OFFLINE, reason=reason)
         return report
+
+
+def _news(report: TargetReport) -> tuple[object, ...]:
+    """What of a report is worth a snapshot at once."""
+    return report.local, report.reason, report.unreachable
 
 
 def _wrong_node(node: Node) -> str:

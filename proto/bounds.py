@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta, MsgspecError
 
-from emberfs.proto.ids import InodeId, SessionId
+from emberfs.proto.ids import InodeId, SessionId, TargetId
 
 # What msgspec raises for bytes that are not what was expected: its own error, text that is not
 # UTF-8, and nesting (of a field that nobody knows) deeper than the stack.
@@ -22,6 +22,7 @@ U63 = Annotated[int, _U63]
 U64 = Annotated[int, Meta(ge=0)]  # msgpack has no larger one
 I64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]  # lengths, times in ns
 BoundedInode = Annotated[InodeId, _U63]
+BoundedTarget = Annotated[TargetId, _U32]
 BoundedSession = Annotated[SessionId, _U63]
 
 GROUPS_MAX = 65_536  # NGROUPS_MAX of Linux

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from emberfs.proto.bounds import BoundedTarget
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ChainVersion, ChunkId, InodeId, TargetId
 from emberfs.proto.method import Method
@@ -243,7 +244,7 @@ class RepairRequest(msgspec.Struct, frozen=True, gc=False):
     target: TargetId  # receiver
     chain_version: ChainVersion
     chunk: ChunkId
-    source: TargetId
+    source: BoundedTarget
     version: int
     length: int
 

@@ -29,6 +29,7 @@ from emberfs.storage.target import (
     RoutingChanged,
     TargetState,
     Ticked,
+    Unwanted,
 )
 from emberfs.storage.view import view_of
 
@@ -83,7 +84,9 @@ class HostedTarget:
     def apply(self, snapshot: RoutingSnapshot) -> None:
         """Take over routing."""
         chain = chain_of_target(snapshot, self.target)
+        status = snapshot.targets.get(self.target)
         if self.replica is not None:
+            self.replica.settle(Unwanted(status.unwanted if status is not None else ""))
             self.replica.apply_chain(chain)
             if self._unfilled and self.state.condition == Condition.UPTODATE:
                 self.replica.tasks.spawn(self._note_filled(), name="note: filled")

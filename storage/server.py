@@ -153,7 +153,7 @@ class StorageServer:
         return endpoint.replace("//0.0.0.0:", f"//{self._config.advertise}:")
 
     def _reports(self) -> list[TargetReport]:
-        return [hosted.report() for hosted in self.service.targets.values()]
+        return self.service.reports()
 
     def _lease_ok(self) -> bool:
         agent = self._agent

@@ -1,5 +1,6 @@
 """The data-plane methods of a storage process, for all its targets."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
@@ -9,7 +10,7 @@ from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.fabric.buffers import BufferPool
 from emberfs.fabric.call import Handler, ServerCall
 from emberfs.fabric.region import Slice
-from emberfs.proto.cluster import Chain, PublicState, RoutingSnapshot
+from emberfs.proto.cluster import Chain, PublicState, RoutingSnapshot, TargetReport
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import (
     CHUNK_BYTES_MAX,
@@ -17,7 +18,9 @@ from emberfs.proto.ids import (
     ChainId,
     ChunkId,
     MiB,
+    NodeId,
     TargetId,
+    target_node,
 )
 from emberfs.proto.storage_calls import (
     FLUSH,
@@ -44,7 +47,7 @@ from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 from emberfs.storage.filling import Throttle
 from emberfs.storage.hoporder import HopOrder
-from emberfs.storage.hosted import HostedTarget
+from emberfs.storage.hosted import HostedTarget, chain_of_target
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.links import Links
 from emberfs.storage.metrics import (
@@ -53,6 +56,7 @@ from emberfs.storage.metrics import (
     UPDATES_OK,
     WRITTEN_BYTES,
 )
+from emberfs.storage.reach import LOOK_NS
 from emberfs.storage.reads import Reader
 from emberfs.storage.repair import Repairer
 from emberfs.storage.replace import replace_replica
@@ -91,13 +95,14 @@ class StorageService:
         self._scrub = scrub or ScrubSettings()
         self._throttle = Throttle(env, sync_bytes_per_s)
         self._calls = NodeCalls(env, routing, peers)
-        self._links = Links(self._calls)
+        self._links = Links(env, self._calls)
         self._buffers = BufferPool(OWN_BUFFERS_BYTES)
         self._tasks = TaskSet()
         self._replicas: dict[TargetId, TargetReplica] = {}
         self._order = HopOrder()
         self._repairer = Repairer(env, self._links, self._buffers, self._chain, self._tasks)
         self._reader = Reader(env, self._replicas, self._links, lease_ok, self._repairer.damaged)
+        self._unreachable: dict[TargetId, tuple[TargetId, ...]] = {}
         self._stopping = False
 
     def _chain(self, chain: ChainId) -> Chain | None:
@@ -142,6 +147,7 @@ class StorageService:
             await task
         self._note_replicas()
         self.apply(self._routing.snapshot)
+        self._tasks.spawn(self._watch_reach(), name="watching who answers")
         for hosted in self.targets.values():
             self._tasks.spawn(
                 hosted.keep_open(self._note_replicas), name=f"keeping target {hosted.target} open"
@@ -154,6 +160,46 @@ class StorageService:
                 self._replicas[target] = hosted.replica
             else:
                 self._replicas.pop(target, None)
+
+    def reports(self) -> list[TargetReport]:
+        """What the next heartbeat says of every target."""
+        return [
+            msgspec.structs.replace(hosted.report(), unreachable=self._unreachable.get(target, ()))
+            for target, hosted in self.targets.items()
+        ]
+
+    async def _watch_reach(self) -> None:
+        """Ping who does not answer, and tell mgmtd of who is silent for too long."""
+        reach, pings = self._links.reach, dict[NodeId, asyncio.Task[None]]()
+        while True:
+            await self._env.sleep_ns(LOOK_NS)
+            companions = self._companions()
+            others = {target_node(t): t for found in companions.values() for t in found}
+            reach.keep(others.keys())
+            now_ns = self._env.now_ns()
+            silent = reach.unreachable(now_ns)
+            unreachable = {
+                target: tuple(other for other in found if target_node(other) in silent)
+                for target, found in companions.items()
+            }
+            if unreachable != self._unreachable:
+                self._unreachable = unreachable
+                self._report_now()
+            pings = {node: task for node, task in pings.items() if not task.done()}
+            for node in reach.doubtful(now_ns):
+                if node in others and node not in pings:
+                    ping = self._links.ping(others[node])
+                    pings[node] = self._tasks.spawn(ping, name=f"ping {node}")
+
+    def _companions(self) -> dict[TargetId, list[TargetId]]:
+        """The other members of each target's chain, on nodes that are alive."""
+        snapshot, found = self._routing.snapshot, dict[TargetId, list[TargetId]]()
+        alive = {number for number, node in snapshot.nodes.items() if node.alive}
+        for target in self.targets:
+            chain = chain_of_target(snapshot, target)
+            members = chain.targets if chain is not None else ()
+            found[target] = [m.target for m in members if m.target != target and m.node in alive]
+        return found
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
         """Take over routing, unless we stop."""

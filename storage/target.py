@@ -16,8 +16,10 @@
                                                    STALL_NS: reported OFFLINE, so that the chain
                                                    goes on without us
     Withdrew                     ONLINE, UPTODATE  RESTING: what we hold must not go further
-    Ticked                       RESTING           ONLINE, once the chain relies on us no more and
-                                                   the rest is over: to be filled again
+    Unwanted, for a reason       ONLINE, UPTODATE  RESTING: somebody in the chain cannot reach us,
+                                                   or we cannot reach them
+    Ticked                       RESTING           ONLINE, once the chain relies on us no more, the
+                                                   rest is over and we are wanted: to be filled
 
 A process that was killed and comes back while the chain still has it as SERVING may go on: chains
 commit only what every writable member has, so nothing was committed without it. After a power cut,
@@ -69,6 +71,12 @@ class Withdrew(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
+class Unwanted(msgspec.Struct, frozen=True, gc=False):
+    """mgmtd asks us to leave the chain and to stay outside; empty `reason`: not any more."""
+
+    reason: str
+
+
 class Ticked(msgspec.Struct, frozen=True, gc=False):
     """Time has passed: about once a second."""
 
@@ -84,7 +92,15 @@ class DiskFailed(msgspec.Struct, frozen=True, gc=False):
 
 
 Event = (
-    Opened | RoutingChanged | SyncCompleted | SyncHeard | Withdrew | Ticked | Closed | DiskFailed
+    Opened
+    | RoutingChanged
+    | SyncCompleted
+    | SyncHeard
+    | Withdrew
+    | Unwanted
+    | Ticked
+    | Closed
+    | DiskFailed
 )
 
 
@@ -145,6 +161,7 @@ class TargetState:
         self._blank = False
         self._advanced_ns = 0  # when our recovery was last known to advance
         self._problem = ""  # what hinders it, as the predecessor says
+        self._unwanted = False
         self._rests = 0  # in a row
         self._rest_until_ns = 0
 
@@ -194,6 +211,10 @@ class TargetState:
             case Withdrew():
                 if before in (Condition.ONLINE, Condition.UPTODATE):
                     self._rest(event.reason, now_ns)
+            case Unwanted():
+                self._unwanted = bool(event.reason)
+                if event.reason and before in (Condition.ONLINE, Condition.UPTODATE):
+                    self._rest(event.reason, now_ns)
             case Ticked():
                 self._tick(now_ns)
             case Closed():
@@ -227,6 +248,7 @@ class TargetState:
             why = self._problem or "nobody has sent anything"
             self._rest(f"its recovery does not advance: {why}", now_ns)
         rested = public not in _RELIES_ON_US and now_ns >= self._rest_until_ns
+        rested = rested and not self._unwanted
         if self.condition == Condition.RESTING and rested:
             self.condition = Condition.ONLINE
 

@@ -24,6 +24,8 @@ LAYERS: dict[str, set[str]] = {
 
 # Modules that hold protocol and no input or output.
 PURE = {
+    "mgmtd.quarrels",
+    "storage.reach",
     "client.readahead",
     "proto.bounds",
     "proto.ids",

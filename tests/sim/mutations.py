@@ -133,9 +133,23 @@ def run_mutation(found: Mutation, seed: int, mood: str) -> Outcome:
 
 def load() -> dict[str, Mutation]:
     """Return all mutations."""
-    from sim import mutate_client, mutate_control, mutate_disk, mutate_recovery, mutate_replica
+    from sim import (
+        mutate_client,
+        mutate_control,
+        mutate_disk,
+        mutate_failover,
+        mutate_recovery,
+        mutate_replica,
+    )
 
-    for module in (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client):
+    for module in (
+        mutate_replica,
+        mutate_recovery,
+        mutate_disk,
+        mutate_control,
+        mutate_client,
+        mutate_failover,
+    ):
         assert module.__doc__
     return MUTATIONS
 

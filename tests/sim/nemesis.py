@@ -9,7 +9,7 @@ from emberfs.proto.cluster import PublicState
 from emberfs.proto.ids import MS, SECOND
 from sim.cluster import World
 from sim.machine import Machine
-from sim.workload import PAUSE_NS, Workload
+from sim.workload import PATIENT_NS, PAUSE_NS, Workload
 
 HOUR_NS = 3600 * SECOND
 HEIR_SHARE = 0.8
@@ -28,6 +28,7 @@ class Mood:
     hot: bool = False  # most operations go to one chunk, in quick succession
     heirs: bool = False  # most deaths of storage processes are reported, as their hosts do it
     gentle: bool = False  # within the replication factor: no client may see an error
+    patience_ns: int = PATIENT_NS  # of the clients, if gentle
 
 
 _PROCESS = ("kill storage", "freeze storage", "die between disk operations")
@@ -75,9 +76,18 @@ MOODS = {
         ),
         # A storage node and a client, out of sight of all others, believe in the chains of before.
         Mood("two worlds", ("cut off with a client",), hot=True),
+        # Only mgmtd can know of it, and only if it is told; no write may wait until it is over.
+        Mood("cut links", ("cut between two",), gentle=True, patience_ns=9 * SECOND),
+        Mood(
+            "cut links and more",
+            ("cut between two", "cut off and deaf", "kill storage", "freeze storage", "reset"),
+            overlap=True,
+            messages=True,
+            hot=True,
+        ),
         Mood(
             "reported deaths",
-            (*_PROCESS, "kill storage", "kill all storage", "kill mgmtd", "isolate storage"),
+            (*_PROCESS, "quick restart", "kill all storage", "kill mgmtd", "isolate storage"),
             overlap=True,
             messages=True,
             heirs=True,
@@ -197,6 +207,9 @@ class Nemesis:
             "blackout": self._blackout,
             "long death": self._long_death,
             "cut off with a client": self._cut_off_with_client,
+            "cut between two": self._cut_between_two,
+            "cut off and deaf": self._cut_off_and_deaf,
+            "quick restart": self._restart_quickly,
         }[kind]
         try:
             await action(victim)
@@ -323,6 +336,29 @@ class Nemesis:
         names = list(self.world.machines)
         pairs = [(a, b) for a in names for b in names if (a in side) != (b in side)]
         await self._cut_links(pairs, 9.0)
+
+    async def _cut_between_two(self, victim: Machine) -> None:
+        """Two storage nodes that do not reach each other, or one not the other; all others do."""
+        others = [machine for machine in self.world.storage if machine is not victim]
+        other = self.dice.choice(others).name
+        pairs = [(victim.name, other), (other, victim.name)]
+        cut = self.dice.choice((pairs, pairs[:1], pairs[1:]))
+        await self._cut_links(cut, self.dice.choice((2.0, 6.0, 25.0)))
+
+    async def _cut_off_and_deaf(self, victim: Machine) -> None:
+        """Nobody in its chains reaches it; a little later it does not hear mgmtd for a while."""
+        others = [machine.name for machine in self.world.storage if machine is not victim]
+        cut = self._cut_links([(other, victim.name) for other in others], 9.0)
+        links = asyncio.get_running_loop().create_task(cut)
+        await asyncio.sleep(self.dice.uniform(2.5, 4.0))
+        await self._cut_links([(m.name, victim.name) for m in self.world.mgmtd], 2.0)
+        await links
+
+    async def _restart_quickly(self, victim: Machine) -> None:
+        """It is back before its death is known, or reported."""
+        victim.kill()
+        await asyncio.sleep(self.dice.uniform(0.01, 0.1))
+        self.revive(victim)
 
     async def _kill_both(self, victim: Machine) -> None:
         """A client dies together with the server of what it writes."""

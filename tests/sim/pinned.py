@@ -28,12 +28,14 @@ PINNED: dict[str, tuple[int, str]] = {
     "redo_rows_are_not_loaded": (0, "outage"),
     "retries_are_applied_again": (0, "messages"),
     "retries_get_new_sequences": (2, "messages"),
+    "silence_is_not_told": (0, "cut links"),
     "short_reads_are_not_cleared": (0, "calm"),
     "successor_ahead_is_left_alone": (2, "blackout"),
     "successor_is_left_out": (0, "calm"),
     "tail_query_is_skipped": (0, "contention"),
     "targets_serve_before_they_are_filled": (0, "power"),
     "writers_are_forgotten_on_restart": (2, "aimed"),
+    "unwanted_members_stay": (0, "cut links"),
     "wrong_chunk_is_sent": (0, "hot recovery"),
 }
 

@@ -27,7 +27,7 @@ from sim.cluster import Shape, World
 from sim.history import History, Op
 from sim.nemesis import MOODS, Mood, Nemesis
 from sim.violation import Violation, report
-from sim.workload import LAST_READERS, PATIENT_NS, TIMEOUT_NS, Workload
+from sim.workload import LAST_READERS, TIMEOUT_NS, Workload
 
 BOOT_NS = 30 * SECOND
 _UNREADABLE = (Code.CHECKSUM.name, Code.DISK.name)
@@ -94,7 +94,7 @@ async def _play(loop: simloop.SimLoop, outcome: Outcome, mood: Mood, seconds: fl
     if not await world.until_serving(BOOT_NS):
         found.append(Violation("no start", _states(world)))
     load = Workload(world)
-    load.timeout_ns = PATIENT_NS if mood.gentle else TIMEOUT_NS
+    load.timeout_ns = mood.patience_ns if mood.gentle else TIMEOUT_NS
     outcome.history = load.history
     for index in range(len(world.clients)):
         load.start(index)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sim.history import FOREVER_NS, Key, Op, show_key
-from sim.stamps import CELL_BYTES, Run, carries, number_of
+from sim.stamps import CELL_BYTES, Run, bytes_of, covering, number_of, stamp_fill
 from sim.violation import Violation
 
 ZERO = 0
@@ -95,10 +95,10 @@ def _drop_unseen(chunk: ChunkHistory, reads: Sequence[Op]) -> None:
     One that nobody saw may as well never have taken effect, unless lengths are watched: it could
     have made the chunk longer.
     """
-    writers: list[set[int]] = [set() for _ in chunk.cuts]
+    writers = [_Writers() for _ in chunk.cuts]
     for part in chunk.writes:
         for segment in range(part.first, part.last):
-            writers[segment].add(part.value)
+            writers[segment].numbers.add(part.value)
     seen: set[int] = set()
     for op in reads:
         part = _part(chunk, op, op.offset, op.stop)
@@ -116,8 +116,25 @@ def _drop_unseen(chunk: ChunkHistory, reads: Sequence[Op]) -> None:
     ]
 
 
+class _Writers:
+    """Who wrote to a segment, found by what they wrote: it may be too short to tell all apart."""
+
+    def __init__(self) -> None:
+        self.numbers: set[int] = set()
+        self._by_content: dict[bytes, list[int]] | None = None
+
+    def of(self, content: bytes, start: int) -> list[int]:
+        """Return the writes, zeros among them, that put `content` at `start`."""
+        if self._by_content is None:
+            self._by_content = {}
+            for number in (ZERO, *sorted(self.numbers)):
+                filling = stamp_fill(number, start, len(content))
+                self._by_content.setdefault(filling, []).append(number)
+        return self._by_content.get(content, [])
+
+
 def _parse(
-    chunk: ChunkHistory, op: Op, part: Part, writers: list[set[int]]
+    chunk: ChunkHistory, op: Op, part: Part, writers: list[_Writers]
 ) -> tuple[Value, ...] | None:
     values: list[Value] = []
     end = op.offset + sum(run.length for run in op.data)
@@ -133,7 +150,7 @@ def _parse(
         value = None
         if stop - start >= CELL_BYTES and run.offset + run.length >= stop:
             number = number_of(run.cell)
-            value = number if number == ZERO or number in writers[segment] else None
+            value = number if number == ZERO or number in writers[segment].numbers else None
         else:
             value = _guess(runs, at, start, stop, writers[segment])
         if value is None:
@@ -144,15 +161,17 @@ def _parse(
 
 
 def _guess(
-    runs: tuple[Run, ...], at: int, start: int, stop: int, writers: set[int]
+    runs: tuple[Run, ...], at: int, start: int, stop: int, writers: _Writers
 ) -> Value | None:
-    pieces = []
-    while at < len(runs) and runs[at].offset < stop:
-        low = max(start, runs[at].offset)
-        high = min(stop, runs[at].offset + runs[at].length)
-        pieces.append(Run(low, high - low, runs[at].cell))
-        at += 1
-    fitting = [n for n in (ZERO, *sorted(writers)) if all(carries(p, n) for p in pieces)]
+    pieces = list(covering(runs[at:], start, stop))
+    fits = all(piece.cell for piece in pieces)
+    content = bytes_of(pieces)  # shorter than the segment where the read ended in it
+    fitting = []
+    if fits and len(content) == stop - start:
+        fitting = writers.of(content, start)
+    elif fits:
+        size = len(content)
+        fitting = [n for n in (ZERO, *writers.numbers) if stamp_fill(n, start, size) == content]
     if len(fitting) == 1:
         return fitting[0]
     return frozenset(fitting) or None

@@ -424,14 +424,3 @@ def test_o12_a_replica_that_is_heard_and_hears_nothing_leaves_its_chain() -> Non
             assert await hand.write(hand.place(), 0, 4096, 5) == "ok"
 
     play(script, errors=True)
-
-
-def test_r8_a_storage_that_cannot_reach_its_successor_does_not_stop_the_chain() -> None:
-    """The link between two replicas alone is cut: writes go on after the chain has changed."""
-
-    async def script(scene: Scene) -> None:
-        head, middle = scene.world.storage[:2]
-        async with scene.cut([head], [middle]):
-            await asyncio.sleep(40)
-
-    play(script, errors=True)

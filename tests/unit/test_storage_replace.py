@@ -118,3 +118,11 @@ def test_a_repair_from_what_was_not_seen_is_refused(tmp_path: Path) -> None:
         assert await look(cluster, head) == [good]
 
     run(tmp_path, body)
+
+
+def test_a_source_that_no_target_can_be_is_refused_by_the_decoder() -> None:
+    """Found by fuzzing: it did not fit into the read that was to fetch the content."""
+    request = RepairRequest(TargetId(101), ChainVersion(1), chunk_of(0), TargetId(1 << 32), 1, 0)
+    with pytest.raises(EmberfsError) as caught:
+        REPAIR.decode_request(REPAIR.encode_request(request))
+    assert caught.value.code == Code.MALFORMED
