@@ -49,13 +49,22 @@ class Agent:
     """One process's membership in the cluster."""
 
     def __init__(
-        self, env: Env, control: Registrar, node: Node, reports: Reports = lambda: ()
+        self,
+        env: Env,
+        control: Registrar,
+        node: Node,
+        reports: Reports = lambda: (),
+        expect: Callable[[RoutingVersion], None] = lambda _: None,
     ) -> None:
-        """`reports` is asked before every heartbeat and names all targets of the process."""
+        """`reports` is asked before every heartbeat and names all targets of the process.
+
+        `expect` is told which version of the routing mgmtd is at (see Routing.expect).
+        """
         self.node = node
         self._env = env
         self._control = control
         self._reports = reports
+        self._expect = expect
         self._heartbeat_ns = HEARTBEAT_NS
         self._valid_until_ns = 0
         # Routing that must have arrived before this node may serve: while the lease had lapsed,
@@ -143,6 +152,7 @@ class Agent:
             self.needs_version = lease.version
         self._heartbeat_ns = max(lease.heartbeat_ns, 1 * MS)
         self._valid_until_ns = sent_ns + lease.lease_ns // 2
+        self._expect(lease.version)
 
     def _lost(self, problem: EmberfsError) -> None:
         """Log the first failure in a row, not its repetitions."""

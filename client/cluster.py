@@ -72,7 +72,8 @@ class Cluster:
             await routing.start(timeout_ns)
             client_id = ClientId(env.random.getrandbits(63) | 1)
             if register:
-                agent = Agent(env, control, _client_node(env, client_id, host))
+                node = _client_node(env, client_id, host)
+                agent = Agent(env, control, node, expect=routing.expect)
                 await agent.start(timeout_ns)
         except BaseException:
             if agent is not None:

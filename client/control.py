@@ -14,9 +14,13 @@ from emberfs.client.connection import CALL_TIMEOUT_NS, Connect, Connection, Leas
 from emberfs.client.control_grpc import GrpcConnection
 from emberfs.proto.cluster import ClusterId, Node, NodeKind, RoutingSnapshot, TargetReport
 from emberfs.proto.errors import Code, EmberfsError, Reaction
-from emberfs.proto.ids import SECOND, ChainId, NodeId, RoutingVersion, TargetId
+from emberfs.proto.ids import MS, SECOND, ChainId, NodeId, RoutingVersion, TargetId
 
 T = TypeVar("T")
+
+# Where others could answer: half a lease must suffice for one that hangs and the election of the
+# next.
+HEARTBEAT_TIMEOUT_NS = 500 * MS
 
 _NOTHING_SEEN = RoutingVersion(0)
 
@@ -53,11 +57,21 @@ class Control:
         client: int = 0,
     ) -> Lease:
         """Renew the lease. UNREACHABLE, WRONG_CLUSTER, NOT_REGISTERED, INVALID."""
-        return await self._call(
-            lambda connection: self._leased(
-                connection.heartbeat(self._id(), node_id, kind, incarnation, reports, client)
-            )
-        )
+
+        async def beat(connection: Connection) -> Lease:
+            patience_s = HEARTBEAT_TIMEOUT_NS / SECOND if len(self.addresses) > 1 else None
+            try:
+                async with asyncio.timeout(patience_s):
+                    return await self._leased(
+                        connection.heartbeat(
+                            self._id(), node_id, kind, incarnation, reports, client
+                        )
+                    )
+            except TimeoutError:
+                text = f"mgmtd at {self._address()} does not answer"
+                raise EmberfsError(Code.UNREACHABLE, text) from None
+
+        return await self._call(beat)
 
     async def report_death(self, node_id: NodeId, incarnation: int) -> None:
         """Say that no thread of this process is left: its lease ends now. May be repeated."""
@@ -149,6 +163,7 @@ class Control:
     async def _call(self, call: Callable[[Connection], Awaitable[T]]) -> T:
         """Call one address after another until one answers."""
         problems: list[EmberfsError] = []
+        alive = ""
         for _ in self.addresses:
             address = self._address()
             connection = self._connection(address)
@@ -159,6 +174,10 @@ class Control:
                     raise
                 problems.append(problem)
                 self._leave(address)
+            if problems[-1].code == Code.NOT_PRIMARY:
+                alive = address
+        if alive:  # it will hear first of who leads; a silent one costs its time-out again
+            self._current = self.addresses.index(alive)
         _raise_all(problems)
 
     async def _leased(self, reply: Awaitable[Lease]) -> Lease:

@@ -16,6 +16,7 @@ log = logging.getLogger("emberfs.client.routing")
 
 RETRY_FIRST_NS = 50 * MS
 RETRY_MAX_NS = 500 * MS
+LATE_NS = 100 * MS  # a stream that lives brings what was published within this
 
 Callback = Callable[[RoutingSnapshot], None]
 
@@ -41,6 +42,8 @@ class Routing:
         self._problem: EmberfsError | None = None  # why there is no stream just now
         self._failed = asyncio.Event()  # a problem that trying again does not solve
         self._closed = False
+        self._streaming: asyncio.Task[EmberfsError] | None = None
+        self._overdue: asyncio.Task[None] | None = None
 
     async def start(self, timeout_ns: int) -> None:
         """Return with the first snapshot. UNREACHABLE, WRONG_CLUSTER: with what to check."""
@@ -78,6 +81,23 @@ class Routing:
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
+    def expect(self, version: RoutingVersion) -> None:
+        """Note that mgmtd has published `version`: a stream that does not bring it has died.
+
+        It may be a stream from a mgmtd that was frozen or cut off, while another one leads: this
+        is known from heartbeats seconds before the stream itself is given up.
+        """
+        if version > self.snapshot.version and self._overdue is None and not self._closed:
+            self._overdue = self._tasks.spawn(self._hurry(version), name="routing is late")
+
+    async def _hurry(self, version: RoutingVersion) -> None:
+        try:
+            late = not await self.wait_newer(RoutingVersion(version - 1), LATE_NS)
+            if late and self._streaming is not None:
+                self._streaming.cancel()
+        finally:
+            self._overdue = None
+
     async def close(self) -> None:
         """Stop following; the last snapshot stays."""
         self._closed = True
@@ -87,15 +107,17 @@ class Routing:
     async def _follow(self) -> None:
         backoff = Backoff(RETRY_FIRST_NS, RETRY_MAX_NS)
         while True:
-            try:
-                await self._stream(backoff)
-                problem = EmberfsError(Code.UNREACHABLE, "mgmtd ended the routing stream")
-            except EmberfsError as found:
-                problem = found
-            self._lost(problem)
+            streaming = self._tasks.spawn(self._stream(backoff), name="routing stream")
+            self._streaming = streaming
+            await asyncio.wait({streaming})
+            if streaming.cancelled():
+                log.info("routing is followed anew: the stream was behind")
+                continue
+            self._lost(streaming.result())
             await self._env.sleep_ns(backoff.next_ns(self._env.random))
 
-    async def _stream(self, backoff: Backoff) -> None:
+    async def _stream(self, backoff: Backoff) -> EmberfsError:
+        """Follow one stream; return why it has ended."""
         stream = self._control.watch(self.snapshot.version)
         try:
             async for snapshot in stream:
@@ -104,8 +126,11 @@ class Routing:
                     log.info("routing is followed again, version %d", snapshot.version)
                 self._problem = None
                 self.offer(snapshot)
+        except EmberfsError as problem:
+            return problem
         finally:
             await stream.aclose()
+        return EmberfsError(Code.UNREACHABLE, "mgmtd ended the routing stream")
 
     def _lost(self, problem: EmberfsError) -> None:
         """Log the first failure in a row, not its repetitions."""

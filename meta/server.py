@@ -128,7 +128,9 @@ class MetaService:
             transports=self._wiring.transports,
         )
         endpoints = [await self._server.listen(endpoint) for endpoint in config.listen]
-        self._agent = Agent(env, cluster.control, self._node(endpoints))
+        self._agent = Agent(
+            env, cluster.control, self._node(endpoints), expect=cluster.routing.expect
+        )
         await self._agent.start(timeout_ns)
         context.start()
         grace_ns = int(config.session_grace_s * SECOND)

@@ -117,7 +117,7 @@ class StorageServer:
             alive=True,
             metrics=f"127.0.0.1:{config.metrics_port}" if config.metrics_port else "",
         )
-        self._agent = Agent(env, self._control, node, self._reports)
+        self._agent = Agent(env, self._control, node, self._reports, self._routing.expect)
         # Before the stores open: what the chains expect of us decides how they are taken.
         await self._routing.start(START_TIMEOUT_NS)
         await self.service.open()
