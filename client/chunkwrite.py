@@ -260,8 +260,16 @@ class ChunkWriter:
                 return problem
             for place in snapshot.chains[chain_id].writable():
                 by_node.setdefault(place.node, []).append(place.target)
+
+        def unmoved(now: RoutingSnapshot) -> bool:
+            # A chain that moves is flushed again; whoever has left it may not answer for long.
+            return all(now.chains.get(chain) == snapshot.chains[chain] for chain in left)
+
         outcomes = await asyncio.gather(
-            *(self._flush_node(node, targets, patience) for node, targets in by_node.items())
+            *(
+                self._flush_node(node, targets, patience, unmoved)
+                for node, targets in by_node.items()
+            )
         )
         problems = {n: p for n, p in zip(by_node, outcomes, strict=True) if p is not None}
         if not problems:
@@ -274,12 +282,22 @@ class ChunkWriter:
         return next(iter(problems.values()))
 
     async def _flush_node(
-        self, node: NodeId, targets: list[TargetId], patience: Patience
+        self,
+        node: NodeId,
+        targets: list[TargetId],
+        patience: Patience,
+        still_good: Callable[[RoutingSnapshot], bool],
     ) -> EmberfsError | None:
         body = FLUSH.encode_request(FlushRequest(targets=tuple(sorted(targets))))
         metrics.FLUSHES.inc()
         try:
-            await self._nodes.call(node, FLUSH.number, body, timeout_ns=patience.attempt_ns())
+            await self._nodes.call(
+                node,
+                FLUSH.number,
+                body,
+                timeout_ns=patience.attempt_ns(),
+                still_good=still_good,
+            )
         except EmberfsError as problem:
             return problem
         return None

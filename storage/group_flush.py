@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
+from emberfs.storage.diskwatch import DiskWatch
 from emberfs.storage.metrics import FLUSH_SECONDS, FLUSHES
 
 
@@ -18,6 +19,7 @@ class GroupFlush:
     def __init__(self, env: Env, flush: Callable[[], None], tasks: TaskSet) -> None:
         self._env = env
         self._flush = flush
+        self.watch = DiskWatch(env)  # of everything that its owner does in threads, too
         self._tasks = tasks
         self._next: asyncio.Future[None] | None = None
         self._running = False
@@ -48,7 +50,7 @@ class GroupFlush:
         self.dirty = False
         started_ns = self._env.now_ns()
         try:
-            await self._env.run_blocking(self._flush)
+            await self.watch.run(self._flush)
         except asyncio.CancelledError:
             current.cancel()
             raise

@@ -14,6 +14,7 @@ from emberfs.proto.storage_calls import SyncRequest
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
 from emberfs.storage.chunks import ChunkStore, open_rocks
+from emberfs.storage.diskwatch import HANGS_NS
 from emberfs.storage.filling import Recovery, Throttle
 from emberfs.storage.forward import Sender
 from emberfs.storage.links import Links
@@ -261,6 +262,8 @@ class HostedTarget:
             if self._unfilled and self.state.condition == Condition.UPTODATE:
                 await self._note_filled()
             await self._env.sleep_ns(TICK_NS)
+            if replica.flusher.watch.hangs:
+                replica.fail(f"its disk has not answered for {HANGS_NS // SECOND} s")
             replica.settle(Ticked())
 
     async def _note_filled(self) -> None:

@@ -29,7 +29,6 @@ from emberfs.storage import target as condition
 from emberfs.storage.craq import ChunkMachine
 from emberfs.storage.forward import OwnDamageError, Sender
 from emberfs.storage.group_flush import GroupFlush
-from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.metrics import FORWARD_FAILURES
 from emberfs.storage.storeface import Store
 from emberfs.storage.view import View, view_of
@@ -403,7 +402,7 @@ class TargetReplica:
 
     async def _step_in_thread(self, active: _Active, work: Callable[[], None]) -> None:
         try:
-            await run_thread_to_end(self.env, work)
+            await self.flusher.watch.run(work)
         except Exception as problem:
             event = self._store_failed(active, problem)
         else:

@@ -11,7 +11,7 @@ from sim.cluster import Shape
 from sim.mutate_failover import deaths_of_earlier_lives_count, unwanted_members_are_put_out
 from sim.mutations import Patch
 from sim.scenario import FASTER, Hand, Scene, play
-from sim.workload import Place
+from sim.workload import PATIENT_NS, Place
 
 SOON_NS = 9 * SECOND  # well behind a lease; the lease alone never ends these
 
@@ -182,3 +182,22 @@ def test_r10_o15_another_mgmtd_is_found_in_about_half_a_lease(seed: int, how: st
         scene.world.network.down.discard(leader.name)
 
     play(script, seed=seed)
+
+
+@pytest.mark.parametrize("role", range(3), ids=["head", "middle", "tail"])
+def test_o15_s11_a_disk_that_hangs_puts_its_target_out_and_in_again(role: int) -> None:
+    """It fails nothing and ends nothing; its process lives and keeps its lease."""
+
+    async def script(scene: Scene) -> None:
+        victim = scene.world.storage[role]
+        began_ns, scene.load.timeout_ns = scene.now_ns, PATIENT_NS
+        victim.disk.faults.slow_factor = 300_000  # up to two minutes for one operation
+        await asyncio.sleep(2)
+        victim.disk.faults.slow_factor = 1.0
+        await asyncio.sleep(28)
+        serving = list(scene.states().values()).count(PublicState.SERVING)
+        assert serving == 2, "it should have left"
+        assert longest_ns(scene, began_ns) < 30 * SECOND
+        await scene.all_serve(200)
+
+    play(script)
