@@ -23,7 +23,7 @@ from emberfs.runtime.retry import Backoff
 
 RETRY_FIRST_NS = 50 * MS
 RETRY_MAX_NS = 500 * MS
-GIVE_UP_NS = 10 * SECOND  # leases are over by then
+GIVE_UP_NS = 5 * SECOND  # leases are over by then
 
 
 class Will(msgspec.Struct, frozen=True):
