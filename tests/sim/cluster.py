@@ -38,10 +38,12 @@ from emberfs.proto.ids import (
     TargetId,
 )
 from emberfs.storage.server import StorageConfig, StorageServer
+from sim.check_managers import ManagersWatch
 from sim.check_versions import Seen
 from sim.loop import SimLoop
 from sim.machine import Machine, SimEnv
 from sim.network import Network, SimTransport, remote, remote_stream
+from sim.tap import CONTROL, STORE
 
 T = TypeVar("T")
 
@@ -52,6 +54,7 @@ KV_TIMEOUT_NS = 2 * SECOND
 STREAM_SILENCE_NS = 4 * SECOND
 MGMTD_PORT = 9000
 SCRUB_S = 6
+SCRUB_BYTES_PER_S = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Shape:
     chains: int = 2
     replicas: int = 3
     clients: int = 3
+    scrub: bool = True  # the scrubber mends what differs
 
 
 class World:
@@ -83,6 +87,7 @@ class World:
         self.addresses = tuple(f"{machine.name}:{MGMTD_PORT}" for machine in self.mgmtd)
         self.seen: list[Seen] = []  # routing, as every process has heard of it
         self.engine: Engine | None = None
+        self.managers = ManagersWatch(self)
 
     def _machine(self, name: str) -> Machine:
         machine = Machine(name, self.loop, self.network, self.dice_of(name))
@@ -99,6 +104,7 @@ class World:
         """Start everything and create the chains."""
         for machine in (self.kv, *self.mgmtd, *self.storage, *self.clients):
             self.start(machine)
+        self.loop.create_task(self.managers.run())
         await self._create_chains()
         for machine in self.meta:
             self.start(machine)
@@ -142,6 +148,7 @@ class World:
             listen=(f"sim://{machine.name}:0",),
             data="/data",
             targets=self.targets_per_node,
+            scrub_bytes_per_s=SCRUB_BYTES_PER_S if self.shape.scrub else 0,
             scrub_interval_s=SCRUB_S,
         )
         while True:
@@ -291,7 +298,8 @@ class World:
         place = f"{machine.name}.{machine.lives}"
         self.seen.append(Seen(place, "routing", "", snapshot.version, now_ns, content))
         for chain in snapshot.chains.values():
-            self.seen.append(Seen(place, "chain", chain.id, chain.version, now_ns))
+            seen = Seen(place, "chain", chain.id, chain.version, now_ns, repr(chain))
+            self.seen.append(seen)
 
 
 async def _pause() -> None:
@@ -334,7 +342,13 @@ class RemoteEngine:
     async def _remote(self, work: Callable[[], Awaitable[T]]) -> T:
         world, kv = self._world, self._world.kv
         return await remote(
-            world.network, self._machine.name, kv.name, lambda: kv.process, work, KV_TIMEOUT_NS
+            world.network,
+            self._machine.name,
+            kv.name,
+            lambda: kv.process,
+            work,
+            KV_TIMEOUT_NS,
+            STORE,
         )
 
 
@@ -361,6 +375,7 @@ class SimConnection:
             lambda: there.process,
             work,
             CALL_TIMEOUT_NS,
+            CONTROL,
         )
 
     async def register(

@@ -140,7 +140,7 @@ def _judge(world: World, load: Workload, outcome: Outcome, mood: Mood, healed_ns
         outcome.undecided += len(verdict.undecided)
     if load.cut_ns:
         found += check_durable(history, load.cut_ns)
-    found += check_versions(world.seen)
+    found += check_versions(world.seen) + world.managers.violations()
     replicas = _replicas(world)
     if "rot" in mood.faults:
         _leave_out_damaged(replicas)
