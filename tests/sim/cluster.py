@@ -88,6 +88,7 @@ class World:
         self.seen: list[Seen] = []  # routing, as every process has heard of it
         self.engine: Engine | None = None
         self.managers = ManagersWatch(self)
+        self.scrub_findings = 0  # of storage processes that are dead
 
     def _machine(self, name: str) -> Machine:
         machine = Machine(name, self.loop, self.network, self.dice_of(name))
@@ -122,6 +123,13 @@ class World:
         }[kind]
         machine.service = None
         machine.start(begin)
+        assert machine.process is not None
+        machine.process.watchers.append(lambda: self._count_findings(machine))
+
+    def _count_findings(self, machine: Machine) -> None:
+        """Note what the scrubbers of a process that dies have found."""
+        if isinstance(machine.service, StorageServer):
+            self.scrub_findings += scrub_findings(machine.service)
 
     async def _live_kv(self, machine: Machine, env: SimEnv) -> None:
         machine.service = Engine(env, machine.disk.open_store("/kv"))
@@ -260,12 +268,13 @@ class World:
         )
 
     def serving(self) -> bool:
-        """Tell whether a mgmtd leads and says that every replica serves."""
+        """Tell whether a mgmtd leads, knows all chains and says that every replica serves."""
         for machine in self.mgmtd:
             if machine.running and machine.service is not None and machine.service.leads:
                 chains = machine.service.snapshot.chains
                 states = [t.state for chain in chains.values() for t in chain.targets]
-                return bool(states) and all(state == PublicState.SERVING for state in states)
+                everyone = len(states) == self.shape.chains * self.shape.replicas
+                return everyone and all(state == PublicState.SERVING for state in states)
         return False
 
     def primary_snapshot(self) -> RoutingSnapshot | None:
@@ -300,6 +309,12 @@ class World:
         for chain in snapshot.chains.values():
             seen = Seen(place, "chain", chain.id, chain.version, now_ns, repr(chain))
             self.seen.append(seen)
+
+
+def scrub_findings(server: StorageServer) -> int:
+    """What the scrubbers of a process have found to be wrong."""
+    scrubbers = [hosted._scrubber for hosted in server.service.targets.values()]
+    return sum(scrubber.findings for scrubber in scrubbers if scrubber is not None)
 
 
 async def _pause() -> None:

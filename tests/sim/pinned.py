@@ -46,6 +46,7 @@ DIRECTED: dict[str, str] = {
     "pending_version_is_answered": "a_former_tail_is_asked_what_is_committed",
     "pending_versions_are_in_memory": "the_head_dies_before_it_hears_of_the_commit",
     "power_cut_is_not_noticed": "power_fails_before_the_data_and_after_the_rows",
+    "reborn_chunks_are_mistaken": "a_chunk_is_made_anew_while_the_tail_answers",
     "records_are_not_synced": "power_fails_after_a_flush",
     "recovery_is_not_flushed": "power_fails_just_after_a_replica_was_filled",
     "recovery_leaves_removed_chunks": "a_chunk_is_removed_while_a_replica_is_away",

@@ -24,7 +24,8 @@ from sim.disk import Fate
 from sim.hand import Hand
 from sim.history import Op
 from sim.machine import Machine
-from sim.nemesis import Mood, Nemesis
+from sim.moods import Mood
+from sim.nemesis import Nemesis
 from sim.tap import Message, Tap, between
 from sim.violation import Violation, report
 from sim.workload import Place, Workload

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sim.history import FOREVER_NS, Key, Op, show_key
-from sim.stamps import CELL_BYTES, Run, carries, number_of
+from sim.stamps import CELL_BYTES, Run, bytes_of, carries, number_of, stamp_fill
 from sim.violation import Violation
 
 ZERO = 0
@@ -89,16 +89,32 @@ def _part(chunk: ChunkHistory, op: Op, start: int, stop: int, value: int = ZERO)
     return Part(op, first, last, op.start_ns, op.effect_by_ns, op.ok, value)
 
 
+class _Writers:
+    """Who wrote a segment."""
+
+    def __init__(self) -> None:
+        self.numbers: set[int] = set()
+        self._of_bytes: dict[bytes, list[int]] = {}
+
+    def of_bytes(self, start: int, stop: int) -> dict[bytes, list[int]]:
+        """Return who left which bytes in a segment too short to hold a whole number."""
+        if not self._of_bytes:
+            for number in (ZERO, *sorted(self.numbers)):
+                written = stamp_fill(number, start, stop - start)
+                self._of_bytes.setdefault(written, []).append(number)
+        return self._of_bytes
+
+
 def _drop_unseen(chunk: ChunkHistory, reads: Sequence[Op]) -> None:
     """Parse the reads, then settle writes of unknown outcome: whoever was seen took effect.
 
     One that nobody saw may as well never have taken effect, unless lengths are watched: it could
     have made the chunk longer.
     """
-    writers: list[set[int]] = [set() for _ in chunk.cuts]
+    writers = [_Writers() for _ in chunk.cuts]
     for part in chunk.writes:
         for segment in range(part.first, part.last):
-            writers[segment].add(part.value)
+            writers[segment].numbers.add(part.value)
     seen: set[int] = set()
     for op in reads:
         part = _part(chunk, op, op.offset, op.stop)
@@ -117,7 +133,7 @@ def _drop_unseen(chunk: ChunkHistory, reads: Sequence[Op]) -> None:
 
 
 def _parse(
-    chunk: ChunkHistory, op: Op, part: Part, writers: list[set[int]]
+    chunk: ChunkHistory, op: Op, part: Part, writers: list[_Writers]
 ) -> tuple[Value, ...] | None:
     values: list[Value] = []
     end = op.offset + sum(run.length for run in op.data)
@@ -133,7 +149,7 @@ def _parse(
         value = None
         if stop - start >= CELL_BYTES and run.offset + run.length >= stop:
             number = number_of(run.cell)
-            value = number if number == ZERO or number in writers[segment] else None
+            value = number if number == ZERO or number in writers[segment].numbers else None
         else:
             value = _guess(runs, at, start, stop, writers[segment])
         if value is None:
@@ -144,7 +160,7 @@ def _parse(
 
 
 def _guess(
-    runs: tuple[Run, ...], at: int, start: int, stop: int, writers: set[int]
+    runs: tuple[Run, ...], at: int, start: int, stop: int, writers: _Writers
 ) -> Value | None:
     pieces = []
     while at < len(runs) and runs[at].offset < stop:
@@ -152,7 +168,11 @@ def _guess(
         high = min(stop, runs[at].offset + runs[at].length)
         pieces.append(Run(low, high - low, runs[at].cell))
         at += 1
-    fitting = [n for n in (ZERO, *sorted(writers)) if all(carries(p, n) for p in pieces)]
+    if stop - start < CELL_BYTES and all(piece.cell for piece in pieces):
+        fitting = writers.of_bytes(start, stop).get(bytes_of(pieces), [])
+    else:
+        numbers = (ZERO, *sorted(writers.numbers))
+        fitting = [n for n in numbers if all(carries(p, n) for p in pieces)]
     if len(fitting) == 1:
         return fitting[0]
     return frozenset(fitting) or None

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from emberfs.proto.storage_calls import UPDATE
+from emberfs.proto.storage_calls import UPDATE, VERSION
 from sim.scenario import Scene
 from sim.situations import situation
 
@@ -163,3 +163,27 @@ async def a_write_is_tried_again_after_a_restart(scene: Scene) -> None:
         await asyncio.sleep(1)
     assert await writing == "ok"
     assert await other.read(place) == "ok"
+
+
+@situation()
+async def a_chunk_is_made_anew_while_the_tail_answers(scene: Scene) -> None:
+    """Its versions begin anew: the number in a late answer is that of a write in flight."""
+    head, middle, tail = scene.world.storage
+    writer, reader, other = scene.hand(0), scene.hand(1), scene.hand(2)
+    place = writer.place()
+    assert await writer.write(place, 0, 4096) == "ok"
+    answer = scene.tap(VERSION.number, [tail], [head], answers=True)
+    forward = scene.tap(UPDATE.number, [head], [middle])
+    removing = asyncio.ensure_future(writer.remove(place))
+    await scene.until(lambda: bool(forward.held), 5)
+    reading = asyncio.ensure_future(reader.read(place, at=head))
+    await scene.until(lambda: bool(answer.held), 5)
+    forward.send_held()
+    assert await removing == "ok"
+    writing = asyncio.ensure_future(writer.write(place, 0, 2000))
+    await scene.until(lambda: bool(forward.held), 5)
+    answer.release()
+    assert await reading == "ok"
+    assert await other.read(place, at=tail) == "ok"
+    forward.release()
+    assert await writing == "ok"
