@@ -232,13 +232,15 @@ class Reader:
             await self._wait(replica, chunk, deadline_ns)
             return AGAIN
         TAIL_QUESTIONS.inc()
-        view = replica.view
+        view, life = replica.view, replica.life_of(chunk)
         try:
             tail_version = await self._links.tail_version(view.tail, view.chain_version, chunk)
         except EmberfsError as problem:
             text = f"the tail does not answer: {problem.message}"
             raise EmberfsError(Code.BUSY, text) from None
         self._check(replica, operation.chain_version)
+        if replica.life_of(chunk) != life:
+            return AGAIN  # the number may mean a version of before a removal
         return settle_read(replica.store.state(chunk), tail_version)
 
     async def _wait(self, replica: TargetReplica, chunk: ChunkId, deadline_ns: int) -> None:

@@ -53,11 +53,12 @@ class _Waiter:
 class _Active:
     """A chunk with operations on it."""
 
-    __slots__ = ("chunk", "forward", "machine", "pause", "watchers")
+    __slots__ = ("chunk", "forward", "machine", "pause", "removals", "watchers")
 
     def __init__(self, chunk: ChunkId, machine: ChunkMachine) -> None:
         self.chunk = chunk
         self.machine = machine
+        self.removals = 0  # how often the chunk went while this stands
         self.forward: asyncio.Task[None] | None = None
         self.pause: asyncio.Task[None] | None = None
         self.watchers: list[asyncio.Future[None]] = []  # told when the store's state moves
@@ -275,6 +276,14 @@ class TargetReplica:
         active = self._active.get(chunk)
         return active.machine.exposed if active is not None else chunk in self._leftover
 
+    def life_of(self, chunk: ChunkId) -> tuple[object, int]:
+        """Two equal answers: the chunk was not removed in between, its versions mean the same.
+
+        After a removal they begin anew, so that a number alone may name another content.
+        """
+        active = self._active.get(chunk)
+        return active, active.removals if active is not None else 0
+
     @property
     def active_count(self) -> int:
         """Chunks with operations in work."""
@@ -414,6 +423,7 @@ class TargetReplica:
         if state is not None and state.pending is not None:
             return ev.Prepared(state)
         self.flusher.dirty = True
+        active.removals += state is None
         self._leftover.discard(active.chunk)
         self._tell(active)
         return ev.Committed(state)

@@ -179,8 +179,9 @@ class StorageService:
             now_ns = self._env.now_ns()
             silent = reach.unreachable(now_ns)
             unreachable = {
-                target: tuple(other for other in found if target_node(other) in silent)
+                target: missed
                 for target, found in companions.items()
+                if (missed := tuple(other for other in found if target_node(other) in silent))
             }
             if unreachable != self._unreachable:
                 self._unreachable = unreachable

@@ -47,7 +47,7 @@ def check_versions(records: Iterable[Seen], published: Iterable[str] = ()) -> li
             if first.content != record.content:
                 text = f"{_show(first)} and {_show(record)} differ: "
                 text += f"{first.content} and {record.content}"
-                found.append(Violation("one version, two contents", text))
+                found.append(Violation("two contents of a version", text))
     return found
 
 

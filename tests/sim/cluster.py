@@ -48,10 +48,12 @@ from emberfs.proto.ids import (
     TargetId,
 )
 from emberfs.storage.server import StorageConfig, StorageServer
+from sim.check_managers import ManagersWatch
 from sim.check_versions import Seen
 from sim.loop import SimLoop
 from sim.machine import Machine, SimEnv, as_env
 from sim.network import Network, SimTransport, remote, remote_stream
+from sim.tap import CONTROL, STORE
 
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ KV_TIMEOUT_NS = 2 * SECOND
 STREAM_SILENCE_NS = 4 * SECOND
 MGMTD_PORT = 9000
 SCRUB_S = 6
+SCRUB_BYTES_PER_S = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Shape:
     chains: int = 2
     replicas: int = 3
     clients: int = 3
+    scrub: bool = True  # the scrubber mends what differs
 
 
 class World:
@@ -93,6 +97,8 @@ class World:
         self.addresses = tuple(f"{machine.name}:{MGMTD_PORT}" for machine in self.mgmtd)
         self.seen: list[Seen] = []  # routing, as every process has heard of it
         self.engine: Engine | None = None
+        self.managers = ManagersWatch(self)
+        self.scrub_findings = 0  # of storage processes that are dead
 
     def _machine(self, name: str) -> Machine:
         machine = Machine(name, self.loop, self.network, self.dice_of(name))
@@ -109,6 +115,7 @@ class World:
         """Start everything and create the chains."""
         for machine in (self.kv, *self.mgmtd, *self.storage, *self.clients):
             self.start(machine)
+        self.loop.create_task(self.managers.run())
         await self._create_chains()
         for machine in self.meta:
             self.start(machine)
@@ -126,6 +133,13 @@ class World:
         }[kind]
         machine.service = None
         machine.start(begin)
+        assert machine.process is not None
+        machine.process.watchers.append(lambda: self._count_findings(machine))
+
+    def _count_findings(self, machine: Machine) -> None:
+        """Note what the scrubbers of a process that dies have found."""
+        if isinstance(machine.service, StorageServer):
+            self.scrub_findings += scrub_findings(machine.service)
 
     async def _live_kv(self, machine: Machine, env: SimEnv) -> None:
         machine.service = Engine(env, machine.disk.open_store("/kv"))
@@ -158,6 +172,7 @@ class World:
             listen=(f"sim://{machine.name}:0",),
             data="/data",
             targets=self.targets_per_node,
+            scrub_bytes_per_s=SCRUB_BYTES_PER_S if self.shape.scrub else 0,
             scrub_interval_s=SCRUB_S,
         )
         while True:
@@ -269,12 +284,13 @@ class World:
         )
 
     def serving(self) -> bool:
-        """Tell whether a mgmtd leads and says that every replica serves."""
+        """Tell whether a mgmtd leads, knows all chains and says that every replica serves."""
         for machine in self.mgmtd:
             if machine.running and machine.service is not None and machine.service.leads:
                 chains = machine.service.snapshot.chains
                 states = [t.state for chain in chains.values() for t in chain.targets]
-                return bool(states) and all(state == PublicState.SERVING for state in states)
+                everyone = len(states) == self.shape.chains * self.shape.replicas
+                return everyone and all(state == PublicState.SERVING for state in states)
         return False
 
     def primary_snapshot(self) -> RoutingSnapshot | None:
@@ -307,7 +323,14 @@ class World:
         place = f"{machine.name}.{machine.lives}"
         self.seen.append(Seen(place, "routing", "", snapshot.version, now_ns, content))
         for chain in snapshot.chains.values():
-            self.seen.append(Seen(place, "chain", chain.id, chain.version, now_ns))
+            seen = Seen(place, "chain", chain.id, chain.version, now_ns, repr(chain))
+            self.seen.append(seen)
+
+
+def scrub_findings(server: StorageServer) -> int:
+    """What the scrubbers of a process have found to be wrong."""
+    scrubbers = [hosted._scrubber for hosted in server.service.targets.values()]
+    return sum(scrubber.findings for scrubber in scrubbers if scrubber is not None)
 
 
 async def _pause() -> None:
@@ -350,7 +373,13 @@ class RemoteEngine:
     async def _remote(self, work: Callable[[], Awaitable[T]]) -> T:
         world, kv = self._world, self._world.kv
         return await remote(
-            world.network, self._machine.name, kv.name, lambda: kv.process, work, KV_TIMEOUT_NS
+            world.network,
+            self._machine.name,
+            kv.name,
+            lambda: kv.process,
+            work,
+            KV_TIMEOUT_NS,
+            STORE,
         )
 
 
@@ -377,6 +406,7 @@ class SimConnection:
             lambda: there.process,
             work,
             CALL_TIMEOUT_NS,
+            CONTROL,
         )
 
     async def register(

@@ -50,6 +50,13 @@ class Faults:
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
 
+class Fate(NamedTuple):
+    """What a power cut leaves of what was not synced, where a script chooses it."""
+
+    data: bool  # all writes to files, or none
+    rows: bool  # all batches of the row stores, or none
+
+
 class SimFile:
     """Content in memory and on the platter."""
 
@@ -71,6 +78,7 @@ class SimDisk:
         self.small: dict[str, bytes] = {}
         self.stores: dict[str, MemoryStore] = {}
         self.locks: dict[str, object] = {}
+        self.fate: Fate | None = None  # None: dice
 
     # ------------------------------------------------------------ faults
 
@@ -92,13 +100,17 @@ class SimDisk:
         for file in self.files.values():
             self._tear(file)
         for store in self.stores.values():
-            store.crash(self.dice.randint(0, store.unsynced_count))
+            count = store.unsynced_count
+            if self.fate is None:
+                store.crash(self.dice.randint(0, count))
+            else:
+                store.crash(count if self.fate.rows else 0)
         self.locks.clear()
 
     def _tear(self, file: SimFile) -> None:
         dice = self.dice
         for offset, content in file.unsynced:
-            fate = dice.random()
+            fate = dice.random() if self.fate is None else float(self.fate.data)
             if fate < 0.3:
                 continue
             for at in range(0, len(content), SECTOR_BYTES):

@@ -137,11 +137,11 @@ def flush_asks_the_tail_only(patch: Patch) -> None:
     """A flush makes one replica of each chain stable."""
 
     def make(original: Any) -> Any:
-        async def flush_node(self: Any, node: Any, targets: Any, patience: Any) -> Any:
+        async def flush_node(self: Any, node: Any, targets: Any, *rest: Any) -> Any:
             chains = self._routing.snapshot.chains.values()
             tails = [c.tail().target for c in chains if c.tail() is not None]
             mine = [target for target in targets if target in tails]
-            return await original(self, node, mine, patience) if mine else None
+            return await original(self, node, mine, *rest) if mine else None
 
         return flush_node
 

@@ -16,7 +16,7 @@ from emberfs.mgmtd.term import Term
 from emberfs.proto.cluster import LocalState, PublicState
 from sim.mutations import WRONG, Patch, mutation
 
-VERSIONS = "version went back, one version, two contents, two heads, two primaries"
+VERSIONS = "version went back, two contents of a version, two primaries, published unstored"
 
 
 @mutation("two worlds, network", WRONG)

@@ -242,10 +242,15 @@ def writers_are_forgotten_on_restart(patch: Patch) -> None:
 
 @mutation("calm, messages", WRONG)
 def truncation_keeps_the_tail(patch: Patch) -> None:
-    """Bytes that a truncation cut off come back when the chunk grows again."""
+    """Bytes that a truncation cut off come back when the chunk grows again, checksums and all."""
     from emberfs.storage import update
 
     patch.set(update, "zeros", lambda length: [memoryview(b"\xaa" * length)])
+
+    def checksums(prefix: Any, gap: int, data: Any, grain: int) -> bytes:
+        return content.crc32c_blocks(b"".join([prefix, b"\xaa" * gap, data]), grain)
+
+    patch.set(update, "stream_checksums", checksums)
 
 
 @mutation("calm, messages", WRONG)

@@ -7,10 +7,10 @@ from emberfs.mgmtd.membership import Membership
 from emberfs.proto.cluster import LocalState
 from emberfs.storage.reach import Reach
 from emberfs.storage.target import TargetState, Unwanted
-from sim.mutations import Patch, mutation
+from sim.mutations import WRONG, Patch, mutation
 
 
-@mutation("cut links", "error at a client")
+@mutation("cut links", "error at a client, scenario")
 def silence_is_not_told(patch: Patch) -> None:
     """A replica that does not reach its successor waits and tells nobody."""
     patch.set(Reach, "unreachable", lambda self, now_ns: frozenset())
@@ -29,6 +29,7 @@ def unwanted_members_stay(patch: Patch) -> None:
     patch.wrap(TargetState, "handle", make)
 
 
+@mutation("cut links and more", WRONG)
 def unwanted_members_are_put_out(patch: Patch) -> None:
     """A target that cannot be reached is OFFLINE before it knows, and goes on answering reads."""
 
@@ -44,6 +45,7 @@ def unwanted_members_are_put_out(patch: Patch) -> None:
     unwanted_members_stay(patch)
 
 
+@mutation("reported deaths", "no exit, scenario")
 def deaths_of_earlier_lives_count(patch: Patch) -> None:
     """The report of a death ends whatever life of the node there is now."""
 

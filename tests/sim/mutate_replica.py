@@ -254,3 +254,9 @@ def tail_answers_what_is_pending(patch: Patch) -> None:
         return state.version if state is not None else 0
 
     patch.set(Reader, "version", version)
+
+
+@mutation("late messages", WRONG)
+def reborn_chunks_are_mistaken(patch: Patch) -> None:
+    """A version number of before a removal is taken for one of after it."""
+    patch.set(TargetReplica, "life_of", lambda self, chunk: (None, 0))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sim.nemesis import MOODS
+from sim.moods import MOODS
 from sim.run import Outcome, simulate
 
 SECONDS = 12.0
@@ -95,7 +95,7 @@ class Mutation:
 
 
 LINEAR = "future, stale, erased, lost, torn, phantom, atomic"
-WRONG = f"{LINEAR}, replicas differ"  # of what clients see and what replicas hold
+WRONG = f"{LINEAR}, replicas differ, scrub finding"  # of what clients see and what replicas hold
 
 MUTATIONS: dict[str, Mutation] = {}
 

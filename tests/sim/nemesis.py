@@ -3,98 +3,37 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from emberfs.proto.cluster import PublicState
 from emberfs.proto.ids import MS, SECOND
+from emberfs.proto.storage_calls import FLUSH, LIST, READ_BATCH, SYNC, UPDATE, VERSION
 from sim.cluster import World
+from sim.disk import Fate
 from sim.machine import Machine
-from sim.workload import PATIENT_NS, PAUSE_NS, Workload
+from sim.moods import Mood
+from sim.tap import CONTROL, ROUTING, STORE, Message, Tap
+from sim.workload import PAUSE_NS, Workload
 
 HOUR_NS = 3600 * SECOND
 HEIR_SHARE = 0.8
 HOT_SHARE = 0.4
 HOT_PAUSE_NS = 60 * MS
-
-
-@dataclass(frozen=True)
-class Mood:
-    """Which faults a run has."""
-
-    name: str
-    faults: tuple[str, ...]
-    overlap: bool = False  # several at a time, anywhere; else the cluster recovers in between
-    messages: bool = False  # loss, duplicates, delays all the time
-    hot: bool = False  # most operations go to one chunk, in quick succession
-    heirs: bool = False  # most deaths of storage processes are reported, as their hosts do it
-    gentle: bool = False  # within the replication factor: no client may see an error
-    patience_ns: int = PATIENT_NS  # of the clients, if gentle
-
-
-_PROCESS = ("kill storage", "freeze storage", "die between disk operations")
-_NETWORK = ("partition", "one-way partition", "isolate storage", "reset", "slow machine")
-_CONTROL = ("kill mgmtd", "freeze mgmtd", "pause kv", "wall clock step", "isolate mgmtd")
-
-MOODS = {
-    mood.name: mood
-    for mood in (
-        Mood("calm", ()),
-        Mood("gentle", (*_PROCESS, *_CONTROL, "reset"), gentle=True),
-        Mood("messages", (), messages=True),
-        Mood("processes", (*_PROCESS, *_CONTROL, "kill client"), overlap=True),
-        Mood("network", (*_NETWORK, "isolate mgmtd", "pause kv"), overlap=True, messages=True),
-        Mood("power", ("power cut of one", "kill storage", "blank disk"), messages=True),
-        Mood("disk", ("rot", "disk full", "disk errors", "slow disk", "kill storage")),
-        Mood(
-            "everything",
-            (*_PROCESS, *_NETWORK, *_CONTROL, "slow disk", "disk full", "kill client"),
-            overlap=True,
-            messages=True,
-        ),
-        Mood("outage", ("kill all storage", "power cut of one", "kill storage"), messages=True),
-        Mood(
-            "aimed",
-            (
-                "die at an answer",
-                "strike at recovery",
-                "client and server",
-                "kill storage",
-                "reset",
-            ),
-            overlap=True,
-            messages=True,
-        ),
-        # One power cut of everything, amid the load; what was flushed must be there afterwards.
-        Mood("blackout", ("blackout", "blackout", "die between disk operations")),
-        Mood("contention", ("freeze storage", "slow disk", "reset"), messages=True, hot=True),
-        Mood(
-            "hot recovery",
-            ("kill storage", "long death", "slow machine", "slow disk"),
-            overlap=True,
-            messages=True,
-            hot=True,
-        ),
-        # A storage node and a client, out of sight of all others, believe in the chains of before.
-        Mood("two worlds", ("cut off with a client",), hot=True),
-        # Only mgmtd can know of it, and only if it is told; no write may wait until it is over.
-        Mood("cut links", ("cut between two",), gentle=True, patience_ns=9 * SECOND),
-        Mood(
-            "cut links and more",
-            ("cut between two", "cut off and deaf", "kill storage", "freeze storage", "reset"),
-            overlap=True,
-            messages=True,
-            hot=True,
-        ),
-        Mood(
-            "reported deaths",
-            (*_PROCESS, "quick restart", "kill all storage", "kill mgmtd", "isolate storage"),
-            overlap=True,
-            messages=True,
-            heirs=True,
-            hot=True,
-        ),
-    )
-}
+HOT_SWEEP_SHARE = 0.3
+FATES = (None, *(Fate(data, rows) for data in (False, True) for rows in (False, True)))
+# (kind, answers): what may be held back of a storage node.
+HELD = (
+    (UPDATE.number, False),
+    (UPDATE.number, True),
+    (SYNC.number, False),
+    (SYNC.number, True),
+    (LIST.number, False),
+    (LIST.number, True),
+    (VERSION.number, True),
+    (READ_BATCH, True),
+    (FLUSH.number, True),
+    (ROUTING, True),
+    (CONTROL, True),
+)
 
 
 class Nemesis:
@@ -118,6 +57,7 @@ class Nemesis:
         self._messages(on=self.mood.messages)
         if self.mood.hot:
             self.load.hot_share, self.load.pause_ns = HOT_SHARE, HOT_PAUSE_NS
+            self.load.sweep_share = HOT_SWEEP_SHARE
         running: set[asyncio.Task[None]] = set()
         while self.world.loop.time() < end_s and self.mood.faults:
             await asyncio.sleep(self.dice.uniform(0.1, 4.0))
@@ -138,12 +78,15 @@ class Nemesis:
             await asyncio.sleep(left_s)
         self._messages(on=False)
         self.load.hot_share, self.load.pause_ns = 0.0, PAUSE_NS
+        self.load.sweep_share = 0.0
         self.heal()
 
     def heal(self) -> None:
         """End every fault; start what is down."""
         world = self.world
         world.network.deadly.clear()
+        for tap in world.network.taps:
+            tap.release()
         for link in world.network.links.values():
             link.cut, link.slow_factor = False, 1.0
         for machine in world.machines.values():
@@ -210,6 +153,9 @@ class Nemesis:
             "cut between two": self._cut_between_two,
             "cut off and deaf": self._cut_off_and_deaf,
             "quick restart": self._restart_quickly,
+            "hold messages": self._hold,
+            "hold messages of mgmtd": self._hold,
+            "power cut of kv": self._cut_power,
         }[kind]
         try:
             await action(victim)
@@ -222,7 +168,7 @@ class Nemesis:
 
     def _victim(self, kind: str) -> Machine | None:
         world = self.world
-        if kind in ("pause kv",):
+        if kind in ("pause kv", "power cut of kv"):
             group = [world.kv]
         elif "mgmtd" in kind:
             group = world.mgmtd
@@ -277,6 +223,7 @@ class Nemesis:
         self.revive(victim)
 
     async def _cut_power(self, victim: Machine) -> None:
+        victim.disk.fate = self.dice.choice(FATES)
         victim.power_cut()
         await asyncio.sleep(self._some_seconds())
         victim.power_on()
@@ -288,6 +235,7 @@ class Nemesis:
             return
         self.load.cut_ns = self.world.loop.now_ns()
         for machine in self.world.storage:
+            machine.disk.fate = self.dice.choice(FATES)
             machine.power_cut()
         order = list(self.world.storage)
         self.dice.shuffle(order)
@@ -385,6 +333,28 @@ class Nemesis:
         await asyncio.sleep(duration_s or self._some_seconds())
         for link in links:
             link.cut = False
+
+    async def _hold(self, victim: Machine) -> None:
+        """Messages of one kind, to or from the victim, wait; then they come in any order."""
+        dice, network = self.dice, self.world.network
+        kind, answers = dice.choice(HELD if victim in self.world.storage else ((STORE, False),))
+        share = dice.choice((0.3, 1.0))
+
+        def wanted(message: Message) -> bool:
+            ours = victim.name in (message.source, message.destination)
+            return ours and (message.kind, message.answer) == (kind, answers) and (
+                dice.random() < share
+            )  # fmt: skip
+
+        tap = Tap(wanted, copies=dice.random() < 0.2)
+        network.taps.append(tap)
+        await asyncio.sleep(self._some_seconds())
+        dice.shuffle(tap.held)
+        network.counts["message held"] += len(tap.held)
+        if dice.random() < 0.3:
+            del tap.held[len(tap.held) // 2 :]
+        tap.release()
+        network.taps.remove(tap)
 
     async def _partition(self, victim: Machine) -> None:
         """The machines fall into two groups."""

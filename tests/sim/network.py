@@ -27,6 +27,7 @@ from emberfs.fabric.region import Buffer, Slice, view_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, US
 from sim.loop import PROCESS, Killed, Process, SimLoop
+from sim.tap import ROUTING, Message, Tap
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ class Network:
         self.internal_errors: list[str] = []
         self.down: set[str] = set()  # machines without power
         self.deadly: dict[str, int] = {}  # machine -> answers to writes until it dies before one
+        self.taps: list[Tap] = []
         self._ports = 0
         self._numbers = 0
 
@@ -93,6 +95,22 @@ class Network:
         """Run `work` in a process after some time, if it lives then."""
         at_s = self.loop.time() + delay_ns / 1e9
         self.loop.call_at(at_s, work, *args, context=owner.context)
+
+    def send(
+        self,
+        message: Message,
+        delay_ns: int,
+        owner: Process,
+        work: Callable[..., object],
+        *args: Any,
+    ) -> None:
+        """As `later`, unless a tap holds the message."""
+
+        def go() -> None:
+            self.later(delay_ns, owner, work, *args)
+
+        if not any(tap.take(message, go) for tap in self.taps):
+            go()
 
     def next_number(self) -> int:
         """Return a number for a connection."""
@@ -328,9 +346,10 @@ class SimPeer:
         if network.late_duplicate_share and dice.random() < network.late_duplicate_share:
             network.counts["request duplicated late"] += 1
             delays.append(dice.randint(MS, LATE_NS))
+        message = Message(self.here, self.there, request.method, False, body=request.body)
         for delay_ns in delays:
             if delay_ns is not None:
-                network.later(delay_ns, self.listener.process, self._arrive, request)
+                network.send(message, delay_ns, self.listener.process, self._arrive, request)
 
     def _arrive(self, request: _Request) -> None:
         """In the server's process."""
@@ -365,9 +384,9 @@ class SimPeer:
         contents = [bytes(s[:n]) for s, n in zip(call.sinks, call.filled, strict=True)]
         delay_ns = self._network.transit_ns(self.there, self.here)
         if delay_ns is not None:
-            self._network.later(
-                delay_ns, self.owner, self._answered, request.number, answer, call.filled, contents
-            )
+            message = Message(self.there, self.here, request.method, True, body=request.body)
+            outcome = (request.number, answer, call.filled, contents)
+            self._network.send(message, delay_ns, self.owner, self._answered, *outcome)
 
     def _die_perhaps(self) -> None:
         """At the worst moment: all is done, and nobody is told."""
@@ -451,6 +470,7 @@ async def remote(
     server: Callable[[], Process | None],
     work: Callable[[], Awaitable[T]],
     timeout_ns: int,
+    kind: str,
 ) -> T:
     """Run `work` in a process of another machine and return what it returns (control plane).
 
@@ -470,7 +490,8 @@ async def remote(
                 outcome, problem = None, found
             delay_ns = network.transit_ns(there, here)
             if delay_ns is not None:
-                network.later(delay_ns, caller, answered, outcome, problem)
+                message = Message(there, here, kind, answer=True)
+                network.send(message, delay_ns, caller, answered, outcome, problem)
 
         loop.create_task(perform())
 
@@ -488,7 +509,7 @@ async def remote(
         if process is None or not process.alive:
             await asyncio.sleep(REFUSAL_NS / 1e9)
             raise EmberfsError(Code.UNREACHABLE, f"{there} refuses connections")
-        network.later(delay_ns, process, arrive, process)
+        network.send(Message(here, there, kind, False), delay_ns, process, arrive, process)
     try:
         async with asyncio.timeout(timeout_ns / 1e9):
             return await future
@@ -513,17 +534,35 @@ async def remote_stream(
     caller = PROCESS.get()
     assert caller is not None
     queue: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+    number = network.next_number()
     ended = False
     arrival_ns = 0  # of the last thing sent: a stream keeps its order, and ends at a loss
 
+    sent = 0
+    early: dict[int, tuple[str, Any]] = {}  # what a tap let go before what was sent earlier
+    taken = 0
+
+    def deliver(place: int, kind: str, item: object) -> None:
+        nonlocal taken
+        early[place] = (kind, item)
+        while taken in early:
+            queue.put_nowait(early.pop(taken))
+            taken += 1
+
     def send(kind: str, item: object) -> None:
-        nonlocal arrival_ns, ended
+        nonlocal arrival_ns, ended, sent
         delay_ns = network.transit_ns(there, here)
         if delay_ns is None:
             ended = True
             return
         arrival_ns = max(loop.now_ns() + delay_ns, arrival_ns + 1)
-        network.later(arrival_ns - loop.now_ns(), caller, queue.put_nowait, (kind, item))
+        delay_ns = arrival_ns - loop.now_ns()
+        if kind == "ping":  # passes what a tap holds: the stream is not silent
+            network.later(delay_ns, caller, queue.put_nowait, (kind, item))
+            return
+        message = Message(there, here, ROUTING, answer=True, stream=number)
+        network.send(message, delay_ns, caller, deliver, sent, kind, item)
+        sent += 1
 
     async def serve() -> None:
         stream = None

@@ -23,9 +23,10 @@ from sim.check_durable import after_cut, check_durable
 from sim.check_linear import check_linear
 from sim.check_replicas import ChunkState, Replica, check_replicas
 from sim.check_versions import check_versions
-from sim.cluster import Shape, World
+from sim.cluster import Shape, World, scrub_findings
 from sim.history import History, Op
-from sim.nemesis import MOODS, Mood, Nemesis
+from sim.moods import MOODS, Mood
+from sim.nemesis import Nemesis
 from sim.violation import Violation, report
 from sim.workload import LAST_READERS, TIMEOUT_NS, Workload
 
@@ -140,18 +141,20 @@ def _judge(world: World, load: Workload, outcome: Outcome, mood: Mood, healed_ns
         outcome.undecided += len(verdict.undecided)
     if load.cut_ns:
         found += check_durable(history, load.cut_ns)
-    found += check_versions(world.seen)
+    found += check_versions(world.seen) + world.managers.violations()
     replicas = _replicas(world)
     if "rot" in mood.faults:
         _leave_out_damaged(replicas)
     found += check_replicas(replicas) + _damaged(replicas) + _failed_at_last(history, mood)
-    found += check_findings(_findings(world))
+    found += check_findings(_findings(world)) + _scrubbed(world, mood)
     found += [Violation("internal error", text) for text in world.network.internal_errors]
     found += [
         Violation("service died", machine.failure)
         for machine in world.machines.values()
         if machine.failure
     ]
+    if not world.complete():
+        found.append(Violation("no exit", f"a target thinks otherwise: {_states(world)}"))
     late_ns = healed_ns if not mood.gentle else 0
     for at_ns, what in load.errors:
         if mood.gentle or at_ns > late_ns + 30 * SECOND:
@@ -202,6 +205,18 @@ def _failed_at_last(history: History, mood: Mood) -> list[Violation]:
         for op in history
         if op.client >= LAST_READERS and not op.ok and op.result not in allowed
     ]
+
+
+def _scrubbed(world: World, mood: Mood) -> list[Violation]:
+    """Replicas that serve do not differ, hence scrubbers find nothing on disks that do not rot.
+
+    They mend what they find, so that check_replicas sees nothing of it in the end.
+    """
+    if {"rot", "disk errors"} & set(mood.faults):
+        return []
+    servers = [machine.service for machine in world.storage if machine.running and machine.service]
+    count = world.scrub_findings + sum(map(scrub_findings, servers))
+    return [Violation("scrub finding", f"{count} chunks were found to be wrong")] if count else []
 
 
 def _leave_out_damaged(replicas: list[Replica]) -> None:

@@ -1,7 +1,8 @@
 """Directed scenarios: a cluster under load, one chosen fault, then the same judgement as any seed.
 
-`play(script)` boots a cluster, starts the load, awaits `script(scene)`, heals everything, waits
-until all replicas serve, and gives the history to the checkers.
+`stage(script)` boots a cluster, starts the load, awaits `script(scene)`, heals everything, waits
+until all replicas serve, and gives the history to the checkers; `play(script)` also fails on what
+they find.
 """
 
 import asyncio
@@ -9,29 +10,36 @@ import gc
 import logging
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 from emberfs.proto.cluster import PublicState
-from emberfs.proto.errors import EmberfsError
-from emberfs.proto.files import Layout
-from emberfs.proto.ids import CHUNK_BYTES_MIN, SECOND, ChainId, InodeId, pack_chunk_id
+from emberfs.proto.ids import CHUNK_BYTES_MIN, SECOND, pack_chunk_id
 from sim import loop as simloop
 from sim import run
 from sim.cluster import Shape, World
+from sim.disk import Fate
+from sim.hand import Hand
 from sim.history import Op
 from sim.machine import Machine
-from sim.nemesis import Mood, Nemesis
-from sim.stamps import stamp_fill
-from sim.violation import report
+from sim.moods import Mood
+from sim.nemesis import Nemesis
+from sim.tap import Message, Tap, between
+from sim.violation import Violation, report
 from sim.workload import Place, Workload
 
-T = TypeVar("T")
-
-HAND_INODE = 5000
 FASTER = Shape(chains=1)
+BURIED_S = 8  # after so long without a heartbeat a node is out of its chains everywhere
+
+
+class BlameError(Exception):
+    """A script has seen a rule violated."""
+
+    def __init__(self, rule: str, text: str) -> None:
+        super().__init__(f"{rule}: {text}")
+        self.rule = rule
 
 
 class Scene:
@@ -57,7 +65,7 @@ class Scene:
     def hand(self, client: int = 0) -> "Hand":
         """Return a client that the script moves itself."""
         self._hands += 1
-        return Hand(self, self.world.clients[client], 500 + self._hands)
+        return Hand(self.world, self.load, self.world.clients[client], 500 + self._hands)
 
     async def until(self, condition: Callable[[], bool], bound_s: float) -> None:
         """Wait for something, `bound_s` virtual seconds at most."""
@@ -68,7 +76,18 @@ class Scene:
 
     async def all_serve(self, bound_s: float = 90) -> None:
         """Wait until every replica serves."""
-        assert await self.world.until_serving(int(bound_s * SECOND)), "a replica never served"
+        if not await self.world.until_serving(int(bound_s * SECOND)):
+            raise BlameError("no exit", run._states(self.world))
+
+    async def all_serve_but(self, *targets: int) -> None:
+        """Wait until every other replica serves."""
+
+        def served() -> bool:
+            states = self.states().items()
+            return all(s == PublicState.SERVING for t, s in states if t not in targets)
+
+        await asyncio.sleep(1)
+        await self.until(served, 60)
 
     def states(self) -> dict[int, PublicState]:
         """What the leading mgmtd says of each target."""
@@ -93,6 +112,53 @@ class Scene:
         finally:
             for link in links:
                 link.cut = False
+
+    def tap(
+        self,
+        kind: int | str,
+        sources: list[Machine],
+        destinations: list[Machine],
+        *,
+        answers: bool = False,
+        copies: bool = False,
+        only: Callable[[Message], bool] = lambda message: True,
+    ) -> Tap:
+        """Hold messages of a kind from now on; see tap.py."""
+        chosen = between(
+            kind, {m.name for m in sources}, {m.name for m in destinations}, answers=answers
+        )
+        tap = Tap(lambda message: chosen(message) and only(message), copies=copies)
+        self.world.network.taps.append(tap)
+        return tap
+
+    async def bury(self, *machines: Machine) -> None:
+        """Kill machines and wait until they are out of their chains."""
+        for machine in machines:
+            machine.kill()
+        await asyncio.sleep(BURIED_S)
+
+    async def blackout(self, fate: Fate, **others: Fate) -> None:
+        """Cut the power of all storage nodes; `others`: machines that fare differently."""
+        await asyncio.sleep(0.001)  # what was acknowledged has ended before
+        self.load.cut_ns = self.now_ns
+        for machine in self.world.storage:
+            machine.disk.fate = others.get(machine.name, fate)
+            machine.power_cut()
+
+    def power_on(self, *machines: Machine) -> None:
+        """Give machines their power back and start their processes."""
+        for machine in machines:
+            machine.power_on()
+            self.revive(machine)
+
+    async def after_a_flush(self, hand: Hand) -> None:
+        """Return when every target has just been flushed: the next one is more than a second off.
+
+        Targets flush by themselves every two seconds, if there is anything.
+        """
+        await asyncio.sleep(3)
+        await hand.write(hand.place(99), 0, 100)
+        await asyncio.sleep(0.5)
 
     def everyone_but(self, *side: Machine) -> list[Machine]:
         """Return all other machines."""
@@ -131,79 +197,6 @@ class Scene:
         return self.world.loop.now_ns()
 
 
-class Hand:
-    """A client whose every operation a script decides; recorded like the load's."""
-
-    def __init__(self, scene: Scene, machine: Machine, number: int) -> None:
-        self._scene = scene
-        self._machine = machine
-        self._number = number
-
-    def place(self, number: int = 0, chain: int = 1) -> Place:
-        """Return a chunk that the load does not use."""
-        inode = InodeId(HAND_INODE + number)
-        return Place(("chunk", inode), inode, Layout(CHUNK_BYTES_MIN, (ChainId(chain),)), -1)
-
-    async def write(self, place: Place, offset: int, length: int, timeout_s: float = 30) -> str:
-        """Write and record; the outcome."""
-        history = self._scene.load.history
-        stamp = history.next_stamp()
-        data = stamp_fill(stamp, offset, length)
-        op = history.begin(
-            self._number, "write", place.key, offset, length, self._scene.now_ns, data, stamp
-        )
-        return await self._end(op, lambda io: io.write(
-            place.inode, place.layout, offset, memoryview(data), timeout_ns=int(timeout_s * SECOND)
-        ))  # fmt: skip
-
-    async def truncate(self, place: Place, size: int, timeout_s: float = 30) -> str:
-        """Truncate and record; the outcome."""
-        op = self._scene.load.history.begin(
-            self._number, "truncate", place.key, size, 0, self._scene.now_ns
-        )
-        return await self._end(op, lambda io: io.truncate_chunk(
-            place.inode, place.layout, 0, size, int(timeout_s * SECOND)
-        ))  # fmt: skip
-
-    async def read(self, place: Place, timeout_s: float = 30) -> str:
-        """Read a chunk whole and record; the outcome."""
-        op = self._scene.load.history.begin(
-            self._number, "read", place.key, 0, CHUNK_BYTES_MIN, self._scene.now_ns
-        )
-        sink = memoryview(bytearray(CHUNK_BYTES_MIN))
-        return await self._end(op, lambda io: io.read(
-            place.inode, place.layout, 0, sink, timeout_ns=int(timeout_s * SECOND)
-        ), sink)  # fmt: skip
-
-    async def flush(self, chain: int = 1) -> None:
-        """Make the chain stable."""
-        await self._inside(lambda io: io.flush((ChainId(chain),), 30 * SECOND))
-
-    async def _end(
-        self, op: Op, call: Callable[[Any], Awaitable[Any]], sink: memoryview | None = None
-    ) -> str:
-        outcome, result = "ok", ""
-        try:
-            await self._inside(call)
-        except EmberfsError as problem:
-            outcome = "fail" if sink is not None else "unknown"
-            result = problem.code.name
-        data = bytes(sink) if sink is not None and outcome == "ok" else b""
-        self._scene.load.history.end(op, self._scene.now_ns, outcome, data, result=result)
-        return outcome
-
-    async def _inside(self, call: Callable[[Any], Awaitable[T]]) -> T:
-        """Run in the client's process."""
-        machine = self._machine
-        process = machine.process
-        assert process is not None
-
-        async def work() -> T:
-            return await call(machine.service.chunkio)
-
-        return await process.context.run(self._scene.world.loop.create_task, work())
-
-
 @contextmanager
 def _quiet_burial() -> Iterator[None]:
     """Whoever dies in a simulation closes its generators here, not amid the next test.
@@ -225,7 +218,7 @@ def _quiet_burial() -> Iterator[None]:
             gc.enable()
 
 
-def play(
+def stage(
     script: Callable[[Scene], Coroutine[Any, Any, None]],
     *,
     seed: int = 1,
@@ -233,49 +226,73 @@ def play(
     load: bool = True,
     errors: bool = False,
     judged: bool = True,
-) -> None:
-    """Run a script; fails on any violation, and on any error at a client unless `errors`.
+) -> run.Outcome:
+    """Run a script; the outcome names all violations, and every error at a client unless `errors`.
 
-    `judged=False`: what was not flushed may be lost, hence only versions and replicas are judged.
+    An exception of the script itself violates the rule "script". `judged=False`: what was not
+    flushed may be lost, hence only versions and replicas are judged.
     """
     mood = Mood("scenario", (), gentle=not errors)
     outcome = run.Outcome(seed, mood.name)
 
-    failure = ""
-
     async def main(loop: simloop.SimLoop) -> None:
-        nonlocal failure
-        try:
-            await perform(loop)
-        except Exception:  # as text: its frames would keep the dead alive
-            failure = traceback.format_exc()
-
-    async def perform(loop: simloop.SimLoop) -> None:
         world = World(loop, seed, shape)
-        await world.boot()
-        assert await world.until_serving(run.BOOT_NS), "no start"
         work = Workload(world)
-        outcome.history = work.history
-        nemesis = Nemesis(world, work, mood)
-        scene = Scene(world, work, nemesis)
         work.stopping = not load
-        for index in range(len(world.clients)):
-            work.start(index)
-        await scene.until(lambda: all(c.service is not None for c in world.clients), 30)
-        await asyncio.sleep(1)
-        await script(scene)
-        nemesis.heal()
+        outcome.history = work.history
+        scene = Scene(world, work, Nemesis(world, work, mood))
+        going = await _guarded(outcome, _perform(scene, script))
         healed_ns = loop.now_ns()
-        await scene.all_serve()
-        work.stopping = True
-        await asyncio.sleep(run.QUIET_S + 16)
-        for index in range(len(world.clients)):
-            await work.read_all(index)
+        if going:
+            await _guarded(outcome, _rest(scene))
         if not judged:
             work.history = type(work.history)()
         run._judge(world, work, outcome, mood, healed_ns)
 
     with _quiet_burial():
         simloop.run(main)
-    assert not failure, failure
+    return outcome
+
+
+async def _guarded(outcome: run.Outcome, work: Coroutine[Any, Any, None]) -> bool:
+    """Note what goes wrong as a violation; False if there is no point in going on."""
+    try:
+        await work
+    except BlameError as problem:
+        outcome.violations.append(Violation(problem.rule, str(problem)))
+        return problem.rule != "no exit"
+    except Exception:  # as text: its frames would keep the dead alive
+        outcome.violations.append(Violation("script", traceback.format_exc()))
+    return True
+
+
+async def _perform(scene: Scene, script: Callable[[Scene], Coroutine[Any, Any, None]]) -> None:
+    world = scene.world
+    await world.boot()
+    if not await world.until_serving(run.BOOT_NS):
+        raise BlameError("no exit", "no start")
+    for index in range(len(world.clients)):
+        scene.load.start(index)
+    await scene.until(lambda: all(c.service is not None for c in world.clients), 30)
+    await asyncio.sleep(1)
+    try:
+        await script(scene)
+    finally:
+        for tap in world.network.taps:
+            tap.release()
+        scene.nemesis.heal()
+
+
+async def _rest(scene: Scene) -> None:
+    """Nothing is broken any more."""
+    await scene.all_serve()
+    scene.load.stopping = True
+    await asyncio.sleep(run.QUIET_S + 16)
+    for index in range(len(scene.world.clients)):
+        await scene.load.read_all(index)
+
+
+def play(script: Callable[[Scene], Coroutine[Any, Any, None]], **options: Any) -> None:
+    """Run a script as `stage`; fails on any violation."""
+    outcome = stage(script, **options)
     assert not outcome.violations, report(outcome.violations)

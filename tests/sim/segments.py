@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sim.history import FOREVER_NS, Key, Op, show_key
-from sim.stamps import CELL_BYTES, Run, bytes_of, covering, number_of, stamp_fill
+from sim.stamps import CELL_BYTES, Run, bytes_of, carries, number_of, stamp_fill
 from sim.violation import Violation
 
 ZERO = 0
@@ -89,6 +89,22 @@ def _part(chunk: ChunkHistory, op: Op, start: int, stop: int, value: int = ZERO)
     return Part(op, first, last, op.start_ns, op.effect_by_ns, op.ok, value)
 
 
+class _Writers:
+    """Who wrote a segment."""
+
+    def __init__(self) -> None:
+        self.numbers: set[int] = set()
+        self._of_bytes: dict[bytes, list[int]] = {}
+
+    def of_bytes(self, start: int, stop: int) -> dict[bytes, list[int]]:
+        """Return who left which bytes in a segment too short to hold a whole number."""
+        if not self._of_bytes:
+            for number in (ZERO, *sorted(self.numbers)):
+                written = stamp_fill(number, start, stop - start)
+                self._of_bytes.setdefault(written, []).append(number)
+        return self._of_bytes
+
+
 def _drop_unseen(chunk: ChunkHistory, reads: Sequence[Op]) -> None:
     """Parse the reads, then settle writes of unknown outcome: whoever was seen took effect.
 
@@ -114,23 +130,6 @@ def _drop_unseen(chunk: ChunkHistory, reads: Sequence[Op]) -> None:
     chunk.writes = [
         part for part in chunk.writes if part.required or part.value in seen or chunk.lengths
     ]
-
-
-class _Writers:
-    """Who wrote to a segment, found by what they wrote: it may be too short to tell all apart."""
-
-    def __init__(self) -> None:
-        self.numbers: set[int] = set()
-        self._by_content: dict[bytes, list[int]] | None = None
-
-    def of(self, content: bytes, start: int) -> list[int]:
-        """Return the writes, zeros among them, that put `content` at `start`."""
-        if self._by_content is None:
-            self._by_content = {}
-            for number in (ZERO, *sorted(self.numbers)):
-                filling = stamp_fill(number, start, len(content))
-                self._by_content.setdefault(filling, []).append(number)
-        return self._by_content.get(content, [])
 
 
 def _parse(
@@ -163,15 +162,17 @@ def _parse(
 def _guess(
     runs: tuple[Run, ...], at: int, start: int, stop: int, writers: _Writers
 ) -> Value | None:
-    pieces = list(covering(runs[at:], start, stop))
-    fits = all(piece.cell for piece in pieces)
-    content = bytes_of(pieces)  # shorter than the segment where the read ended in it
-    fitting = []
-    if fits and len(content) == stop - start:
-        fitting = writers.of(content, start)
-    elif fits:
-        size = len(content)
-        fitting = [n for n in (ZERO, *writers.numbers) if stamp_fill(n, start, size) == content]
+    pieces = []
+    while at < len(runs) and runs[at].offset < stop:
+        low = max(start, runs[at].offset)
+        high = min(stop, runs[at].offset + runs[at].length)
+        pieces.append(Run(low, high - low, runs[at].cell))
+        at += 1
+    if stop - start < CELL_BYTES and all(piece.cell for piece in pieces):
+        fitting = writers.of_bytes(start, stop).get(bytes_of(pieces), [])
+    else:
+        numbers = (ZERO, *sorted(writers.numbers))
+        fitting = [n for n in numbers if all(carries(p, n) for p in pieces)]
     if len(fitting) == 1:
         return fitting[0]
     return frozenset(fitting) or None

@@ -118,3 +118,12 @@ def covering(runs: tuple[Run, ...], start: int, stop: int) -> Iterator[Run]:
         low, high = max(run.offset, start), min(run.offset + run.length, stop)
         if low < high:
             yield Run(low, high - low, run.cell)
+
+
+def carries(run: Run, number: int) -> bool:
+    """Tell whether all bytes of a run are those of write `number` (0: zeros)."""
+    cell = cell_of(number)
+    if run.length >= CELL_BYTES or not run.cell:
+        return run.cell == cell
+    places = [(run.offset + step) % CELL_BYTES for step in range(run.length)]
+    return all(run.cell[place] == cell[place] for place in places)

@@ -268,7 +268,7 @@ def test_r12_a_power_cut_of_all_keeps_what_was_flushed() -> None:
             place = hand.place(turn)
             assert await hand.write(place, 0, 9000) == "ok"
             assert await hand.write(place, 3000, 4096) == "ok"
-            await hand.flush()
+            assert await hand.flush(place) == "ok"
             before = set(scene.contents(place).values())
             assert len(before) == 1
             others = asyncio.ensure_future(hand.write(hand.place(90), 0, 5000, 60))

@@ -19,7 +19,6 @@ from sim.machine import Machine
 from sim.stamps import stamp_fill
 
 TIMEOUT_NS = 15 * SECOND
-PATIENT_NS = 60 * SECOND  # the default of the product: nothing may fail within it
 PAUSE_NS = 150 * MS  # on average, between the operations of one client
 HOT_BYTES = 12 * KiB
 FIRST_INODE = 1000
@@ -59,6 +58,7 @@ class Workload:
         self.errors: list[tuple[int, str]] = []  # what clients were told: when, what
         self.pause_ns = PAUSE_NS
         self.hot_share = 0.0  # of the operations that go to the first place
+        self.sweep_share = 0.0  # of the changes after which every replica is read
         self._dice = world.dice_of("load")
         self._clients = 0
 
@@ -126,8 +126,16 @@ class _Client:
                 await self._write(place, offset, length)
             else:
                 await self._change_own(place, roll, offset, length)
+            if roll >= 0.45 and self._dice.random() < self._load.sweep_share:
+                await self._sweep(place, offset, length)
             if self._dice.random() < 0.04:
                 await self._flush(place)
+
+    async def _sweep(self, place: Place, offset: int, length: int) -> None:
+        """Read what was just changed at one replica after the other."""
+        first = self._dice.randrange(3)
+        for turn in range(3):
+            await self.read(place, offset, length, first + turn)
 
     async def reads(self) -> None:
         """Only reads: they go on where writes wait for a chain that cannot be reached."""
@@ -164,8 +172,8 @@ class _Client:
             offset -= offset % 4096
         return offset, dice.choice((512, 4096, 4096, dice.randint(8, 8192)))
 
-    async def read(self, place: Place, offset: int, length: int) -> None:
-        """Read and record."""
+    async def read(self, place: Place, offset: int, length: int, spread: int = -1) -> None:
+        """Read and record; `spread` says which replica is asked first."""
         op = self._history.begin(
             self._number, "read", place.key, offset, length, self._loop.now_ns()
         )
@@ -173,7 +181,7 @@ class _Client:
         try:
             jobs = jobs_of(place.inode, place.layout, offset, sink)
             for job in jobs:  # by itself a client reads a chunk at the same replica each time
-                job.spread = self._dice.randrange(6)
+                job.spread = spread if spread >= 0 else self._dice.randrange(6)
             await self._chunkio._reader.read(jobs, self._load.timeout_ns)
         except EmberfsError as problem:
             self._note(f"read: {problem}")

@@ -1,0 +1,135 @@
+"""Situations of a power cut: what is on the disks afterwards is chosen, not thrown."""
+
+import asyncio
+
+from sim.disk import Fate
+from sim.hand import Hand
+from sim.scenario import BURIED_S, Scene
+from sim.situations import situation
+from sim.workload import Place
+
+ROWS_ONLY = Fate(data=False, rows=True)
+DATA_ONLY = Fate(data=True, rows=False)
+NOTHING = Fate(data=False, rows=False)
+ALL = Fate(data=True, rows=True)
+
+
+async def _flushed(scene: Scene, hand: Hand) -> Place:
+    """A chunk that was written and flushed; nothing else is flushed for a second."""
+    place = hand.place()
+    assert await hand.write(place, 0, 8192) == "ok"
+    assert await hand.flush(place) == "ok"
+    await scene.after_a_flush(hand)
+    return place
+
+
+async def _cut(scene: Scene, fate: Fate) -> None:
+    """The power of all fails, and is back after a while."""
+    await scene.blackout(fate)
+    await asyncio.sleep(1)
+    scene.power_on(*scene.world.storage)
+    await asyncio.sleep(3)  # until it is known who came back
+    await scene.all_serve()
+
+
+@situation(errors=True)
+async def power_fails_before_the_data_and_after_the_rows(scene: Scene) -> None:
+    """Rows of an overwritten chunk are there, its data is not."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 8192) == "ok"
+    await _cut(scene, ROWS_ONLY)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+
+
+@situation(errors=True)
+async def power_fails_when_a_block_has_a_new_owner(scene: Scene) -> None:
+    """A chunk was rewritten elsewhere and others came; only their data has reached the disks."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 8192) == "ok"
+    for number in range(1, 5):
+        assert await hand.write(hand.place(number), 0, 8192) == "ok"
+    await _cut(scene, DATA_ONLY)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+
+
+@situation(errors=True)
+async def power_fails_after_a_chunk_was_cut_and_has_grown(scene: Scene) -> None:
+    """What was cut off is needed again: the rows of before are what is left."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.truncate(place, 4096) == "ok"
+    assert await hand.write(place, 4096, 3000) == "ok"
+    await _cut(scene, DATA_ONLY)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+
+
+@situation(errors=True)
+async def power_fails_just_after_a_replica_was_filled(scene: Scene) -> None:
+    """It serves, and brings the chain back alone: it must have on its disk what was flushed."""
+    hand, tail = scene.hand(), scene.tail
+    place = hand.place()
+    assert await hand.write(place, 0, 8192) == "ok"
+    await scene.bury(tail)
+    assert await hand.write(place, 0, 8192) == "ok"
+    assert await hand.flush(place) == "ok"
+    scene.revive(tail)
+    await asyncio.sleep(0.5)
+    await scene.all_serve()
+    await scene.blackout(ALL, stor3=NOTHING)
+    await asyncio.sleep(BURIED_S)
+    scene.power_on(tail)
+    await asyncio.sleep(4)
+    scene.power_on(*scene.world.storage[:2])
+    await scene.all_serve()
+    assert await hand.read(place) == "ok"
+
+
+@situation(errors=True)
+async def power_fails_after_a_flush_and_the_head_returns_first(scene: Scene) -> None:
+    """Any replica may bring the chain back: the flush has made each of them stable."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 8192) == "ok"
+    assert await hand.flush(place) == "ok"
+    await scene.blackout(NOTHING)
+    await asyncio.sleep(BURIED_S)
+    scene.power_on(scene.head)
+    await asyncio.sleep(4)
+    scene.power_on(*scene.world.storage[1:])
+    await scene.all_serve()
+    assert await hand.read(place) == "ok"
+
+
+@situation()
+async def power_fails_at_one_machine_for_a_moment(scene: Scene) -> None:
+    """It is back before anybody has missed it, without what it had not flushed."""
+    hand, tail = scene.hand(), scene.tail
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 8192) == "ok"
+    tail.disk.fate = NOTHING
+    tail.power_cut()
+    await asyncio.sleep(0.3)
+    scene.power_on(tail)
+    await asyncio.sleep(0.3)
+    for _ in range(3):
+        assert await hand.read(place, at=tail) == "ok"
+        await asyncio.sleep(1)
+
+
+@situation(errors=True)
+async def power_fails_after_a_flush(scene: Scene) -> None:
+    """Written small and large, flushed: all is there."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 4096, 512) == "ok"
+    assert await hand.write(hand.place(1), 0, 6000) == "ok"
+    assert await hand.flush(place) == "ok"
+    await _cut(scene, NOTHING)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+        assert await hand.read(hand.place(1), at=machine) == "ok"
