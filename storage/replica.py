@@ -348,7 +348,7 @@ class TargetReplica:
                 if waiter is not None and not waiter.done.done():
                     waiter.done.set_result((0, 0))
             case ev.Discard():
-                return self._discard(active, effect)
+                return self._discard(active)
             case ev.CancelForward():
                 if active.forward is not None:
                     active.forward.cancel()
@@ -412,10 +412,10 @@ class TargetReplica:
 
     def _store_changed(self, active: _Active) -> ev.Event:
         state = self.store.state(active.chunk)
+        self._leftover.discard(active.chunk)
         if state is not None and state.pending is not None:
             return ev.Prepared(state)
         self.flusher.dirty = True
-        self._leftover.discard(active.chunk)
         self._tell(active)
         return ev.Committed(state)
 
@@ -431,15 +431,14 @@ class TargetReplica:
             asyncio.get_running_loop().call_soon(self.fail, problem.message)
         return ev.StoreFailed(self.store.state(active.chunk), code, problem.message)
 
-    def _discard(self, active: _Active, effect: ev.Discard) -> ev.Event | None:
+    def _discard(self, active: _Active) -> ev.Event:
         try:
             self.store.discard(active.chunk)
         except Exception as problem:
-            failed = self._store_failed(active, problem)
-            return failed if effect.last else None
+            return self._store_failed(active, problem)
         self._leftover.discard(active.chunk)
         self._tell(active)
-        return ev.Discarded(self.store.state(active.chunk)) if effect.last else None
+        return ev.Discarded(self.store.state(active.chunk))
 
     def _flush_store(self) -> None:
         self.store.flush()

@@ -139,6 +139,7 @@ def pending_versions_are_in_memory(patch: Patch) -> None:
     """A prepared version does not survive the death of the process."""
 
     def store_pending(self: Any, chunk: Any, pending: Any) -> None:
+        discard(self, chunk)
         self.pending[chunk] = pending
 
     def discard(self: Any, chunk: Any) -> None:

@@ -132,8 +132,8 @@ def test_exactly_once_at_the_head() -> None:
         # the same update again: go on with what is pending
         (state(4, waiting(5)), request(version=5), ["Forward"]),
         # another update of the same number: the predecessor is authoritative
-        (state(4, waiting(5, client=8)), request(version=5), ["Discard", "Prepare"]),
-        (state(4, waiting(5)), request(REPLACE, version=5), ["Discard", "Prepare"]),
+        (state(4, waiting(5, client=8)), request(version=5), ["Prepare"]),
+        (state(4, waiting(5)), request(REPLACE, version=5), ["Prepare"]),
         # replacements have any number
         (state(4), request(REPLACE, version=2), ["Prepare"]),
         (None, request(REPLACE, version=9), ["Prepare"]),
@@ -188,7 +188,7 @@ def test_losing_its_place_ends_an_update_without_success(public: PublicState) ->
 
 def test_no_space_further_down_is_told_unless_someone_may_have_committed() -> None:
     machine = started(view())
-    assert machine.handle(ev.ForwardFailed(1, Code.NO_SPACE, "full"), 0) == [ev.Discard(last=True)]
+    assert machine.handle(ev.ForwardFailed(1, Code.NO_SPACE, "full"), 0) == [ev.Discard()]
     (reply,) = machine.handle(ev.Discarded(state(4)), 0)
     assert reply.code == Code.NO_SPACE
     machine = started(view())
