@@ -15,13 +15,13 @@ from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ChunkId, KiB, MiB
-from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, RememberedWrite, UpdateKind
+from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, Leak, RememberedWrite, UpdateKind
 from emberfs.runtime.checksum import crc32c, crc32c_blocks
 from emberfs.runtime.env import Env
-from emberfs.storage.blockcheck import BlockCheck
 from emberfs.storage.blocks import BlockFiles, disk_error, record_reserve_bytes
 from emberfs.storage.content import Outcome, View, read_unverified, read_view
 from emberfs.storage.flush import Flusher
+from emberfs.storage.leaks import Leaks
 from emberfs.storage.records import (
     CHECKSUM_BYTES,
     ChunkRecord,
@@ -109,6 +109,7 @@ class ChunkStore:
         self.power_cut_possible = False  # the target may have lost what was not flushed
         self._preparer = Preparer(table, files, self.damaged)
         self._flusher = Flusher(table, files)
+        self._leaks = Leaks(table)
 
     # ------------------------------------------------------------ life
 
@@ -576,10 +577,11 @@ class ChunkStore:
 
     def check(self) -> FsckAnswer:
         """Compare bitmaps with records: findings in words, none when all is sound. [T]"""
-        with self._table.lock:
-            self._table.allocator.check()
-            snapshot = self._table.store.snapshot()
-        return BlockCheck(snapshot).run()
+        return self._leaks.check().answer()
+
+    def free_leaked(self, leak: Leak) -> None:
+        """Free blocks that a check found to have no owner. [T] STALE if that has changed."""
+        self._leaks.free(leak)
 
 
 def _pending_state(pending: Pending) -> PendingState:

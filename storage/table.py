@@ -361,6 +361,22 @@ class ChunkTable:
         with self.lock:
             self.allocator.give(position)
 
+    def free_leaked(self, blocks: list[int]) -> None:
+        """Blocks that no row names are marked no more. STALE if one is not so; NO_SPACE, DISK."""
+        with self.lock:
+            if any(map(self._is_known, blocks)) or not self.allocator.are_recorded(blocks):
+                raise EmberfsError(Code.STALE, "a block is in use, or free, by now; look again")
+            self._write([], [], blocks)
+            self._hold(blocks)
+
+    def _is_known(self, block: int) -> bool:
+        """Tell whether memory knows a use of a block, apart from committed versions."""
+        return (
+            block in self.redo
+            or any(pending.record.block == block for pending in self.pending.values())
+            or any(undo.current == block or undo.holds(block) for undo in self.undo.values())
+        )
+
     def retire(self, blocks: Iterable[int]) -> None:
         """Blocks whose last record is gone for good: free once no reader can look at them."""
         serial = next(self._serial)
