@@ -21,6 +21,7 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND, ChainId, ChainVersion, ChunkId, NodeId, TargetId
 from emberfs.proto.storage_calls import (
     FLUSH,
+    FLUSH_TARGETS_MAX,
     LIST,
     UPDATE,
     ChunkRow,
@@ -276,12 +277,14 @@ class ChunkWriter:
     async def _flush_node(
         self, node: NodeId, targets: list[TargetId], patience: Patience
     ) -> EmberfsError | None:
-        body = FLUSH.encode_request(FlushRequest(targets=tuple(sorted(targets))))
-        metrics.FLUSHES.inc()
-        try:
-            await self._nodes.call(node, FLUSH.number, body, timeout_ns=patience.attempt_ns())
-        except EmberfsError as problem:
-            return problem
+        for first in range(0, len(targets), FLUSH_TARGETS_MAX):
+            part = tuple(sorted(targets)[first : first + FLUSH_TARGETS_MAX])
+            body = FLUSH.encode_request(FlushRequest(targets=part))
+            metrics.FLUSHES.inc()
+            try:
+                await self._nodes.call(node, FLUSH.number, body, timeout_ns=patience.attempt_ns())
+            except EmberfsError as problem:
+                return problem
         return None
 
 

@@ -8,7 +8,7 @@ server fills it) of the fabric call.
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -155,10 +155,14 @@ class VersionAnswer(msgspec.Struct, frozen=True, gc=False):
     version: int
 
 
+FLUSH_TARGETS_MAX = 1024  # of one call; a process has one target per disk
+FlushTargets = Annotated[tuple[TargetId, ...], msgspec.Meta(max_length=FLUSH_TARGETS_MAX)]
+
+
 class FlushRequest(msgspec.Struct, frozen=True, gc=False):
     """Make everything that these targets have committed stable (fsync)."""
 
-    targets: tuple[TargetId, ...]
+    targets: FlushTargets
 
 
 class FlushAnswer(msgspec.Struct, frozen=True, gc=False):

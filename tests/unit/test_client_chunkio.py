@@ -463,6 +463,16 @@ def test_flush_asks_every_node_once_and_repeats_when_the_chain_changed():
     run(test)
 
 
+def test_a_flush_of_many_targets_comes_in_calls_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(chunkwrite, "FLUSH_TARGETS_MAX", 1)
+
+    async def test(world):
+        await chunkio_of(world).flush([1, 2])
+        assert sorted(world.storage[0].flushed) == [(101,), (102,)]
+
+    run(test)
+
+
 def test_failed_flush_is_tried_again():
     async def test(world):
         io = chunkio_of(world)

@@ -34,6 +34,7 @@ from emberfs.proto.ids import (
 )
 from emberfs.proto.storage_calls import (
     FLUSH,
+    FLUSH_TARGETS_MAX,
     FSCK,
     LIST,
     READ_BATCH,
@@ -302,6 +303,18 @@ def test_write_read_truncate_remove(tmp_path: Path, transport: str) -> None:
         assert len(await cluster.assert_equal(*cluster.nodes)) == 2
 
     run(tmp_path, body, transport)
+
+
+def test_a_flush_of_too_many_targets_is_refused(tmp_path: Path) -> None:
+    async def body(cluster: ClusterUnderTest) -> None:
+        peer = await cluster.peers.get(cluster.records[NodeId(2)].endpoints)
+        request = FLUSH.encode_request(FlushRequest((TargetId(201),) * (FLUSH_TARGETS_MAX + 1)))
+        with pytest.raises(EmberfsError) as failure:
+            await peer.call(FLUSH.number, request, timeout_ns=3 * SECOND)
+        assert failure.value.code == Code.MALFORMED
+        assert str(FLUSH_TARGETS_MAX) in failure.value.message
+
+    run(tmp_path, body)
 
 
 def test_a_retry_is_answered_and_not_repeated(tmp_path: Path) -> None:
