@@ -37,6 +37,7 @@ from emberfs.storage.view import View, view_of
 log = logging.getLogger("emberfs.storage.replica")
 
 NEWER_CHAIN_WAIT_NS = 300 * MS  # how long a request may be ahead of our routing
+HOLD_NS = 60 * SECOND  # how long recovery and repair wait for an update of a chunk to end
 TOMBSTONES_MAX = 4096  # removed chunks whose writers are still known
 
 
@@ -245,19 +246,28 @@ class TargetReplica:
 
     @asynccontextmanager
     async def hold(self, chunk: ChunkId) -> AsyncIterator[None]:
-        """Own a chunk: nothing changes it meanwhile."""
+        """Own a chunk: nothing changes it meanwhile. BUSY if an update of it does not end."""
         key, waiter = self._enter(None)
         try:
             self._arrive(chunk, ev.HoldArrived(key))
-            await waiter.done
+            if not waiter.done.done():
+                await self._granted(waiter)
+            waiter.done.result()
             yield
         finally:
             del self._waiters[key]
             if chunk in self._active:
                 self._feed(self._active[chunk], ev.Abandoned(key))
 
+    async def _granted(self, waiter: _Waiter) -> None:
+        """Wait for a hold; an update may wait for its successor as long as an outage lasts."""
+        await asyncio.wait([waiter.done], timeout=HOLD_NS / SECOND)
+        if not waiter.done.done():
+            text = f"an update of the chunk has not ended for {HOLD_NS // SECOND} s"
+            raise EmberfsError(Code.BUSY, text)
+
     async def settled(self) -> None:
-        """Wait until every operation that is in work now has ended."""
+        """Wait until every operation that is in work now has ended. BUSY if one does not."""
         for chunk in list(self._active):
             async with self.hold(chunk):
                 pass
