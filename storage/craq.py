@@ -132,6 +132,12 @@ class ChunkMachine:
         """True when the machine can be dropped."""
         return self._current is None and not self._queue
 
+    @property
+    def has_leftover(self) -> bool:
+        """True while a version is pending that no operation is going to end."""
+        pending = self.state.pending if self.state is not None else None
+        return pending is not None and (self._current is None or self._current.hold)
+
     def handle(self, event: Event, now_ns: int) -> list[Effect]:
         """Take one event; the effects are to be performed in the order of the list."""
         effects: list[Effect] = []

@@ -275,7 +275,9 @@ class TargetReplica:
     @property
     def has_leftovers(self) -> bool:
         """Whether some chunk has a pending version that no operation owns."""
-        return bool(self._leftover)
+        # A hold may have come right behind the operation that lost its place.
+        active = self._active.values()
+        return bool(self._leftover) or any(one.machine.has_leftover for one in active)
 
     def is_disputed(self, chunk: ChunkId) -> bool:
         """Whether a read must look closer: operations in work, or a leftover."""

@@ -256,6 +256,24 @@ def test_the_queue_is_first_in_first_out_and_holds_exclude_updates() -> None:
     assert kinds(machine.handle(ev.Committed(state(6)), 0)) == ["Reply"]
 
 
+def test_a_leftover_is_one_while_somebody_holds_the_chunk() -> None:
+    """Else a recovery counts as complete because a repair stands behind the update that ended."""
+    machine = started(view(public=PublicState.SERVING))
+    assert not machine.has_leftover
+    machine.handle(ev.HoldArrived(9), 0)
+    lost = view(2, public=PublicState.SYNCING, head=False, successor=NOBODY)
+    assert kinds(machine.handle(ev.RoutingChanged(lost), 0)) == [
+        "CancelForward",
+        "Reply",
+        "Granted",
+    ]
+    assert not machine.idle
+    assert machine.has_leftover
+    owned = ChunkMachine(view(successor=NOBODY), state(4, waiting(5)))
+    owned.handle(ev.ResumeArrived(1), 0)
+    assert not owned.has_leftover
+
+
 def test_who_has_gone_before_its_turn_leaves_no_trace() -> None:
     machine = ChunkMachine(view(successor=NOBODY), state(4))
     arrive(machine, request())
