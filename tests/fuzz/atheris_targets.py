@@ -126,6 +126,6 @@ if __name__ == "__main__":
     corpus: list[str] = []
     if all(argument.startswith("-") for argument in sys.argv[1:]):  # no input to repeat
         write_seeds(SEEDS)
-        corpus = [str(SEEDS)]
+        corpus = ["-keep_seed=1", str(SEEDS)]  # they look alike: the difference is in compiled code
     atheris.Setup(sys.argv + corpus, try_one)
     atheris.Fuzz()
