@@ -21,6 +21,7 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND, ChainId, ChainVersion, ChunkId, NodeId, TargetId
 from emberfs.proto.storage_calls import (
     FLUSH,
+    FLUSH_TARGETS_MAX,
     LIST,
     UPDATE,
     ChunkRow,
@@ -119,7 +120,7 @@ class ChunkWriter:
             timeout_ns=timeout_ns,
             attempt_ns=ATTEMPT_NS,
         )
-        async with self._turn_on(update.chunk), self._slots:
+        async with self._turn_on(update.chunk, timeout_ns):
             channel, sequence = self._channels.take(update.chunk)
             try:
                 tag = WriteTag(self._client_id, channel, sequence)
@@ -169,19 +170,45 @@ class ChunkWriter:
                 await patience.pause(problem, snapshot.version)
 
     @asynccontextmanager
-    async def _turn_on(self, chunk: ChunkId) -> AsyncIterator[None]:
-        """First come, first served, per chunk (asyncio.Lock is fair)."""
+    async def _turn_on(self, chunk: ChunkId, timeout_ns: int) -> AsyncIterator[None]:
+        """First come, first served, per chunk (asyncio.Lock is fair); then one of the slots.
+
+        TIMEOUT when those before take too long: nothing has been sent then.
+        """
         turn = self._turns.get(chunk)
         if turn is None:
             turn = self._turns[chunk] = _Turn()
         turn.users += 1
         try:
-            async with turn.lock:
+            if turn.lock.locked() or self._slots.locked():
+                await self._wait_for(turn.lock, timeout_ns)
+            else:  # at once: neither waits
+                await self._enter(turn.lock)
+            try:
                 yield
+            finally:
+                self._slots.release()
+                turn.lock.release()
         finally:
             turn.users -= 1
             if not turn.users:
                 del self._turns[chunk]
+
+    async def _wait_for(self, lock: asyncio.Lock, timeout_ns: int) -> None:
+        try:
+            async with asyncio.timeout(timeout_ns / SECOND):
+                await self._enter(lock)
+        except TimeoutError:
+            text = f"earlier updates have not ended for {timeout_ns / SECOND:.1f} s"
+            raise EmberfsError(Code.TIMEOUT, f"{text}; this one was not sent") from None
+
+    async def _enter(self, lock: asyncio.Lock) -> None:
+        await lock.acquire()
+        try:
+            await self._slots.acquire()
+        except BaseException:
+            lock.release()
+            raise
 
     # ------------------------------------------------------------ listing
 
@@ -288,18 +315,20 @@ class ChunkWriter:
         patience: Patience,
         still_good: Callable[[RoutingSnapshot], bool],
     ) -> EmberfsError | None:
-        body = FLUSH.encode_request(FlushRequest(targets=tuple(sorted(targets))))
-        metrics.FLUSHES.inc()
-        try:
-            await self._nodes.call(
-                node,
-                FLUSH.number,
-                body,
-                timeout_ns=patience.attempt_ns(),
-                still_good=still_good,
-            )
-        except EmberfsError as problem:
-            return problem
+        for first in range(0, len(targets), FLUSH_TARGETS_MAX):
+            part = tuple(sorted(targets)[first : first + FLUSH_TARGETS_MAX])
+            body = FLUSH.encode_request(FlushRequest(targets=part))
+            metrics.FLUSHES.inc()
+            try:
+                await self._nodes.call(
+                    node,
+                    FLUSH.number,
+                    body,
+                    timeout_ns=patience.attempt_ns(),
+                    still_good=still_good,
+                )
+            except EmberfsError as problem:
+                return problem
         return None
 
 

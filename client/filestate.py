@@ -212,20 +212,21 @@ class FileState:
         async with self.lock.hold(0, END, exclusive=True):
             if drop:
                 self.buffer.cut(length)
-            await self._drain_for_cut(length)
+            await self._drain_for_cut()
             async with self.attributes:
                 inode = await perform()
                 self._was_cut(inode)
         return self.merged(inode)
 
-    async def _drain_for_cut(self, length: int) -> None:
+    async def _drain_for_cut(self) -> None:
         """Under the exclusive lock: no byte is on its way, and meta knows how long the file was.
 
-        Meta cuts chunks only when the file shrinks from a length that it knows of.
+        Meta cuts where the file shrinks from a length that it knows of; and what lies behind that
+        length when the file grows, because some writer that has died may have left it there.
         """
         await self.buffer.drain()
         stop = self.buffer.committed_stop
-        if stop > max(self.server_length, length) and self.write_sessions:
+        if stop > self.server_length and self.write_sessions:
             self.written_stop = max(self.written_stop, stop)
             await self.settle(next(iter(self.write_sessions)))
 

@@ -38,6 +38,7 @@ class Patience:
         self._deadline_ns = (env.now_ns() if began_ns is None else began_ns) + timeout_ns
         self._attempt_ns = attempt_ns
         self._backoff = Backoff(pause_first_ns, pause_max_ns)
+        self._refusal: EmberfsError | None = None  # the last answer that was more than silence
 
     def attempt_ns(self, extra_ns: int = 0) -> int:
         """Time for the next attempt: bounded, so that a server that never answers is left."""
@@ -53,6 +54,8 @@ class Patience:
             raise problem
         if problem.code == Code.TIMEOUT:
             self._attempt_ns *= 2
+        else:
+            self._refusal = problem
         if self._env.now_ns() >= self._deadline_ns:
             raise self._over(problem)
 
@@ -70,7 +73,9 @@ class Patience:
             await self._routing.wait_newer(seen, pause_ns)
 
     def _over(self, problem: EmberfsError) -> EmberfsError:
-        seconds = self._timeout_ns / SECOND
-        return EmberfsError(
-            Code.TIMEOUT, f"{self._describe()}: no success in {seconds:.1f} s; last: {problem}"
-        )
+        text = f"{self._describe()}: no success in {self._timeout_ns / SECOND:.1f} s"
+        text += f"; last: {problem}"
+        if problem.code == Code.TIMEOUT and self._refusal is not None:
+            # The last attempt was cut short by the deadline: it says nothing of the cause.
+            text += f"; before: {self._refusal}"
+        return EmberfsError(Code.TIMEOUT, text)

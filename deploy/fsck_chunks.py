@@ -12,7 +12,7 @@ from emberfs.deploy.fsck_equal import Seen, are_equal, good_replica, in_words
 from emberfs.proto.cluster import Chain, ChainTarget
 from emberfs.proto.ids import SECOND, ChainId, ChainVersion, ChunkId, MiB, TargetId, unpack_chunk_id
 from emberfs.proto.meta_calls import Mend
-from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, ListAnswer
+from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, Leak, ListAnswer
 from emberfs.runtime.env import Env
 
 PAGE_ROWS = 1000
@@ -61,12 +61,19 @@ class RemoveChunks(NamedTuple):
     bytes: int
 
 
+class FreeBlocks(NamedTuple):
+    """Free blocks of a store that nothing owns."""
+
+    target: ChainTarget
+    leak: Leak
+
+
 class ChunkFinding(NamedTuple):
     """Something that is wrong with chunks, and what would mend it."""
 
     text: str
     cure: str  # "" if only a person can decide
-    mend: tuple[ReplaceReplica, ...] | RemoveChunks | Mend | None
+    mend: tuple[ReplaceReplica, ...] | RemoveChunks | FreeBlocks | Mend | None
 
 
 class Replicas(NamedTuple):
@@ -233,6 +240,13 @@ class ChunkCheck:
             return
         await self._env.sleep_ns(self._pause_ns)
         second = await self._stores.check(member)
-        for text in second.findings:
-            if text in first.findings:
-                self.findings.append(ChunkFinding(f"target {member.target}: {text}", "", None))
+        leaks = {leak.in_words(): leak for leak in second.leaks}
+        for found in second.findings:
+            if found not in first.findings:
+                continue
+            text = f"target {member.target}: {found}"
+            if found in leaks:
+                mend = FreeBlocks(member, leaks[found])
+                self.findings.append(ChunkFinding(text, "free them", mend))
+            else:
+                self.findings.append(ChunkFinding(text, "", None))

@@ -2,7 +2,14 @@
 
 from typing import Protocol
 
-from emberfs.deploy.fsck_chunks import ChunkFinding, RemoveChunks, ReplaceReplica, Stores, merged
+from emberfs.deploy.fsck_chunks import (
+    ChunkFinding,
+    FreeBlocks,
+    RemoveChunks,
+    ReplaceReplica,
+    Stores,
+    merged,
+)
 from emberfs.deploy.fsck_owners import ORPHAN, Amount, Place, kind_of, recount
 from emberfs.deploy.fsck_records import Records, fetch_inodes
 from emberfs.kv import keys
@@ -27,6 +34,10 @@ class MendingStores(Stores, Protocol):
 
     async def replace(self, order: ReplaceReplica) -> None:
         """Make a replica equal to another."""
+        ...
+
+    async def free(self, order: FreeBlocks) -> None:
+        """Free blocks of one store that nothing owns."""
         ...
 
     async def remove(self, chain: ChainId, chunk: ChunkId) -> None:
@@ -54,6 +65,8 @@ class Mender:
                 case RemoveChunks() as remove:
                     await self._wait_until(strange_since_ns + self._grace_ns)
                     await self._remove(remove)
+                case FreeBlocks() as free:
+                    await self._stores.free(free)
                 case None:
                     return "only a person can decide"
                 case orders:

@@ -3,7 +3,7 @@
 from emberfs.client.chunkwrite import ChunkWriter, Update
 from emberfs.client.cluster import Cluster
 from emberfs.client.nodecalls import NodeCalls
-from emberfs.deploy.fsck_chunks import ReplaceReplica
+from emberfs.deploy.fsck_chunks import FreeBlocks, ReplaceReplica
 from emberfs.proto.cluster import Chain, ChainTarget
 from emberfs.proto.ids import CHUNK_BYTES_MAX, SECOND, ChainId, ChunkId
 from emberfs.proto.method import Answer, Method, Request
@@ -71,6 +71,11 @@ class ClusterStores:
             length=order.wanted.length,
         )
         await self._call(order.target, REPAIR, request)
+
+    async def free(self, order: FreeBlocks) -> None:
+        """Free blocks that nothing owns. STALE if there are more or fewer of them by now."""
+        request = FsckRequest(target=order.target.target, free=order.leak)
+        await self._call(order.target, FSCK, request)
 
     async def remove(self, chain: ChainId, chunk: ChunkId) -> None:
         """Remove one chunk from all replicas of a chain, as a client would."""

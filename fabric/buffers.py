@@ -12,7 +12,7 @@ from collections import deque
 
 from emberfs.fabric.region import Region, Slice
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import KiB, MiB
+from emberfs.proto.ids import SECOND, KiB, MiB
 
 CLASS_BYTES_MIN = 4 * KiB
 CLASS_BYTES_MAX = 64 * MiB
@@ -61,6 +61,15 @@ class BufferPool:
                 f"buffer pool is full: {self.taken_bytes} of {self.limit_bytes} bytes in use",
             )
         return found
+
+    async def take_within(self, length: int, timeout_ns: int) -> Slice:
+        """As `take_wait`, for at most so long; then OVERLOADED."""
+        try:
+            async with asyncio.timeout(timeout_ns / SECOND):
+                return await self.take_wait(length)
+        except TimeoutError:
+            text = f"no buffer of {length} bytes became free for {timeout_ns // SECOND} s"
+            raise EmberfsError(Code.OVERLOADED, text) from None
 
     async def take_wait(self, length: int) -> Slice:
         """As `take`, but waits for its turn instead of raising OVERLOADED. May be cancelled."""

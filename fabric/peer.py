@@ -22,7 +22,7 @@ from emberfs.fabric.call import Reply
 from emberfs.fabric.frame import Header, Hello, Kind, Registration
 from emberfs.fabric.gather import Gathered, filled_views, gather
 from emberfs.fabric.metrics import Tally
-from emberfs.fabric.region import Buffer, Region
+from emberfs.fabric.region import SHARED_BYTES_MAX, Buffer, Region
 from emberfs.fabric.shared import inode_of
 from emberfs.fabric.stream import LARGE_BYTES, Stream, nowhere
 from emberfs.fabric.sweep import Sweep
@@ -73,6 +73,7 @@ class _Shared:
     """Regions that the server knows."""
 
     registered: dict[int, Region] = field(default_factory=dict)
+    bytes: int = 0  # of all of them
 
 
 class StreamPeer:
@@ -208,7 +209,10 @@ class StreamPeer:
             raise EmberfsError(Code.INVALID, "the region is closed")
         if len(shared.registered) >= REGIONS_MAX:
             return False
+        if shared.bytes + region.size_bytes > SHARED_BYTES_MAX:
+            return False
         shared.registered[region.id] = region
+        shared.bytes += region.size_bytes
         region.watchers.add(self._region_closed)
         registration = Registration(region.id, region.size_bytes, inode_of(region.fd))
         stream.send_fd(frame.encode_register(registration), region.fd)
@@ -216,7 +220,8 @@ class StreamPeer:
 
     def _region_closed(self, region: int) -> None:
         if self._shared is not None and self._stream is not None:
-            self._shared.registered.pop(region, None)
+            known = self._shared.registered.pop(region, None)
+            self._shared.bytes -= known.size_bytes if known is not None else 0
             self._stream.send(frame.encode_unregister(region))
 
     # ------------------------------------------------------------ admission

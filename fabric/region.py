@@ -10,6 +10,11 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+from emberfs.proto.ids import GiB
+
+# All regions that one connection has shared at a time; each is mapped in the server.
+SHARED_BYTES_MAX = 256 * GiB
+
 
 class Region:
     """Anonymous shared memory of a fixed size, freed by the kernel when its last user is gone."""

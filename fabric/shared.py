@@ -11,6 +11,7 @@ import os
 from collections import deque
 
 from emberfs.fabric.frame import Registration
+from emberfs.fabric.region import SHARED_BYTES_MAX
 from emberfs.proto.errors import Code, EmberfsError
 
 REGIONS_MAX = 1024  # per connection; each costs a descriptor
@@ -27,6 +28,7 @@ class RegionTable:
     def __init__(self) -> None:
         self._views: dict[int, memoryview] = {}
         self._refused: dict[int, str] = {}
+        self._bytes = 0  # of all views
 
     def register(self, registration: Registration, fds: deque[int]) -> None:
         """Map a region with the descriptor that came with it. A refusal shows when it is used."""
@@ -36,7 +38,10 @@ class RegionTable:
                 raise ValueError("it is registered already")
             if len(self._views) >= REGIONS_MAX:
                 raise ValueError(f"the limit is {REGIONS_MAX} regions")
+            if self._bytes + registration.size_bytes > SHARED_BYTES_MAX:
+                raise ValueError(f"the limit is {SHARED_BYTES_MAX} bytes in all regions")
             self._views[registration.region] = _map(registration, fd)
+            self._bytes += registration.size_bytes
         except (ValueError, OSError) as problem:
             if len(self._refused) < REGIONS_MAX:
                 self._refused[registration.region] = str(problem)
@@ -46,7 +51,8 @@ class RegionTable:
 
     def unregister(self, region: int) -> None:
         """Forget a region; handlers that still use it keep it mapped."""
-        self._views.pop(region, None)
+        view = self._views.pop(region, None)
+        self._bytes -= len(view) if view is not None else 0
         self._refused.pop(region, None)
 
     def view(self, region: int, offset: int, length: int) -> memoryview:
@@ -65,6 +71,7 @@ class RegionTable:
     def clear(self) -> None:
         """Forget everything."""
         self._views.clear()
+        self._bytes = 0
         self._refused.clear()
 
 

@@ -39,10 +39,11 @@ class MemoryStore:
         rows: list[Row] = []
         if start >= stop:
             return rows
-        for key in self._rows.irange(start, stop, inclusive=(True, False), reverse=reverse):
-            rows.append((key, self._rows[key]))
-            if len(rows) == limit:
-                break
+        with self._views.lock:  # a writer in another thread would move the rows under us
+            for key in self._rows.irange(start, stop, inclusive=(True, False), reverse=reverse):
+                rows.append((key, self._rows[key]))
+                if len(rows) == limit:
+                    break
         return rows
 
     def snapshot(self) -> StableView:

@@ -9,7 +9,7 @@ after it has read the rows.
 """
 
 from collections.abc import Iterable, Sequence
-from threading import Lock
+from threading import RLock
 from weakref import WeakSet
 
 from emberfs.kv.store import Change, Range, Row, View
@@ -72,7 +72,7 @@ class Views:
 
     def __init__(self) -> None:
         self._alive: WeakSet[StableView] = WeakSet()
-        self.lock = Lock()  # held by a writer from `save` until its rows are replaced
+        self.lock = RLock()  # held by a writer from `save` until its rows are replaced
 
     def open(self, store: View) -> StableView:
         """Take a view of this moment."""

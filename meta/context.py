@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 
 from emberfs.kv.transaction import Engine
+from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds
 from emberfs.meta.replies import Replies
@@ -41,6 +42,8 @@ class Context:
         self.policy = policy
         self.ids = InodeIds(engine)
         self.replies = Replies(env, engine)
+        self.chunks = chunks
+        self.clients = Clients(routing)
         self.trims = Trims(env, engine, chunks)
         self.collector = Collector(env, engine, chunks, self.trims)
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions

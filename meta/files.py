@@ -5,6 +5,7 @@ A file's length is settled by its writers (SettleRequest) and cut by setattr. Sh
 """
 
 import stat
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -23,7 +24,8 @@ from emberfs.meta.tree import (
     load_inode,
     store_inode,
 )
-from emberfs.meta.trims import shrink
+from emberfs.meta.trims import cut_behind
+from emberfs.meta.vanished import adopt, clear_behind
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import FILE_BYTES_MAX, Inode
 from emberfs.proto.ids import CHUNKS_PER_FILE_MAX, InodeId, SessionId
@@ -47,6 +49,8 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
     """Create, open or create-and-open in one transaction."""
     check_new_name(request.name)
     taken = await context.ids.take()
+    if request.truncate:
+        await _clear_existing(context, request)
 
     async def work(txn: Transaction) -> InodeAnswer:
         parent = await load_directory(txn, request.parent, request.caller, EXECUTE)
@@ -64,8 +68,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
         return InodeAnswer(inode)
 
     answer = await context.replies.run(CREATE, request.request, work)
-    await _finish_trim(context, answer.inode.id, recorded=request.truncate)
-    return answer
+    return await _opened(context, request, answer, is_new=answer.inode.id == taken)
 
 
 async def _open_existing(
@@ -112,10 +115,53 @@ async def _finish_trim(context: Context, inode: InodeId, *, recorded: bool) -> N
         await context.trims.finish(inode)
 
 
+async def _opened(
+    context: Context, request: CreateRequest | OpenRequest, answer: InodeAnswer, *, is_new: bool
+) -> InodeAnswer:
+    """Before the file is handed out: a writer begins behind what dead writers have left."""
+    inode = answer.inode.id
+    await _finish_trim(context, inode, recorded=request.truncate)
+    if request.write and not is_new and await adopt(context, inode):
+        return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)))
+    return answer
+
+
+async def _clear_existing(context: Context, request: CreateRequest) -> None:
+    """An empty file is truncated to nothing too: what a dead writer left there goes."""
+
+    async def find(txn: Transaction) -> schema.Entry | None:
+        parent = await load_directory(txn, request.parent, request.caller, EXECUTE)
+        return await find_entry(txn, parent.id, request.name)
+
+    entry = await context.engine.run(find, read_only=True)
+    if entry is not None and stat.S_ISREG(entry.mode) and not request.exclusive:
+        await _clear_behind(context, request, entry.inode, 0)
+
+
+async def _clear_behind(
+    context: Context,
+    request: CreateRequest | OpenRequest | SetattrRequest,
+    inode: InodeId,
+    length: int,
+) -> None:
+    """See vanished.clear_behind; the caller's right to do so is looked at as later on."""
+    await context.trims.finish(inode)
+
+    async def check(txn: Transaction, found: Inode) -> None:
+        if isinstance(request, SetattrRequest):
+            await _check_truncate(txn, found, request)
+        else:
+            require(found, request.caller, WRITE)
+
+    await clear_behind(context, inode, request.request, length, check)
+
+
 async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
     """Check permission and record the session; read sessions too, so that unlink keeps the data."""
     want = (READ if request.read else 0) | (WRITE if request.write or request.truncate else 0)
     await context.trims.finish(request.inode)
+    if request.truncate:
+        await _clear_behind(context, request, request.inode, 0)
 
     async def work(txn: Transaction) -> InodeAnswer:
         inode = await load_inode(txn, request.inode)
@@ -130,8 +176,7 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
         return InodeAnswer(inode)
 
     answer = await context.replies.run(OPEN, request.request, work)
-    await _finish_trim(context, request.inode, recorded=request.truncate)
-    return answer
+    return await _opened(context, request, answer, is_new=False)
 
 
 # ---------------------------------------------------------------- length
@@ -154,7 +199,7 @@ async def _set_length(
     check_length(inode, length)
     version = inode.truncate_version
     if length < inode.length:
-        await shrink(txn, inode, length)
+        await cut_behind(txn, inode, length)
         version += 1
     written = after_write(
         inode, privileged=is_privileged(caller), now_ns=context.env.wall_ns(), mtime_ns=None
@@ -165,7 +210,7 @@ async def _set_length(
 async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
     """Change attributes; a new length cuts the chunks before the answer."""
     if request.length is not None:
-        await context.trims.finish(request.inode)
+        await _clear_behind(context, request, request.inode, request.length)
 
     async def work(txn: Transaction) -> InodeAnswer:
         inode = await load_inode(txn, request.inode)

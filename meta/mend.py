@@ -25,6 +25,7 @@ from emberfs.meta.tree import (
     store_inode,
     touch_directory,
 )
+from emberfs.meta.trims import cut_behind
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import ROOT_INODE, InodeId
@@ -192,9 +193,7 @@ async def _trim(txn: Transaction, context: Context, wanted: Mend) -> None:
         _require(not schema.SESSION.decode(value).write, f"inode {inode.id}")
     if inode.layout is None:
         raise EmberfsError(Code.INVALID, f"inode {inode.id} is not a regular file")
-    if await txn.get(keys.trim_key(inode.id)) is None:
-        trim = schema.Trim(inode.length, inode.layout)
-        txn.set(keys.trim_key(inode.id), schema.TRIM.encode(trim))
+    await cut_behind(txn, inode, inode.length)
 
 
 _WORKS: dict[MendKind, Work] = {

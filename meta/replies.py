@@ -63,7 +63,7 @@ class Replies:
         durable: bool = False,
     ) -> A:
         """Run `work` in a transaction unless this request was answered before."""
-        key = keys.reply_key(request.client, request.sequence)
+        key = _key(request)
 
         async def once(txn: Transaction) -> A:
             value = await txn.get(key)
@@ -78,6 +78,10 @@ class Replies:
             return answer
 
         return await self._engine.run(once, durable=durable)
+
+    async def is_known(self, txn: Transaction, request: RequestId) -> bool:
+        """Tell whether this request was answered before: what comes now is a late copy of it."""
+        return await txn.get(_key(request)) is not None
 
     async def sweep(self, kept_ns: int = KEPT_NS) -> int:
         """Forget one batch of replies older than `kept_ns`; returns how many."""
@@ -106,6 +110,10 @@ class Replies:
                     await self._env.sleep_ns(SECOND // 100)
             except EmberfsError as problem:
                 log.warning("cannot forget old replies: %s", problem)
+
+
+def _key(request: RequestId) -> bytes:
+    return keys.reply_key(request.client, request.sequence)
 
 
 def _recall(method: Method[Any, A], request: RequestId, value: bytes) -> A:

@@ -121,6 +121,8 @@ class MetaService:
         context = Context(env, engine, cluster.chunkio, lambda: cluster.routing.snapshot, policy)
         self._context = context
         await context.load()
+        cluster.routing.subscribe(lambda snapshot: context.clients.look())
+        context.clients.look()
         self._server = Server(
             env,
             handlers(context),

@@ -3,15 +3,28 @@
 A writer settles the length at fsync and close. One that died between a write and that has left
 chunks behind the end that meta knows; they are looked for before its session ends. Bytes whose
 write was never acknowledged may be among them: they were written as well.
+
+Whoever opens the file for writing meanwhile begins behind them (adopt). Whoever sets a length has
+decided where the file ends: what lies behind, of a dead writer or of a write that failed, is cut
+before the file grows over it (clear_behind). What a living writer has not settled yet is left
+alone: it is part of the file, and only that writer knows how far it reaches.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
+from emberfs.kv import keys
 from emberfs.kv.transaction import Engine, Transaction
-from emberfs.meta.tree import find_inode
-from emberfs.meta.trims import Chunks, Trims
+from emberfs.meta import schema
+from emberfs.meta.attributes import after_write
+from emberfs.meta.context import Context
+from emberfs.meta.tree import find_inode, store_inode
+from emberfs.meta.trims import Chunks, Trims, cut_behind
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import SECOND, InodeId
+from emberfs.proto.meta_calls import RequestId
 
 TIMEOUT_NS = 10 * SECOND
 
@@ -42,3 +55,74 @@ async def measure(
     first = inode.length // inode.layout.chunk_bytes
     end = await chunks.end_of(inode_id, inode.layout, first, TIMEOUT_NS)
     return Measured(inode.truncate_version, end)
+
+
+async def adopt(context: Context, inode_id: InodeId) -> bool:
+    """Before a writer opens: what dead writers have written becomes part of the file."""
+
+    async def orphaned(txn: Transaction) -> bool:
+        return any(context.clients.is_dead(client) for client in await _writers(txn, inode_id))
+
+    if not await context.engine.run(orphaned, read_only=True):
+        return False
+    measured = await measure(context.engine, context.chunks, context.trims, inode_id)
+
+    async def grow(txn: Transaction) -> bool:
+        inode = await find_inode(txn, inode_id)
+        if inode is None or measured is None or measured.end <= inode.length:
+            return False
+        if measured.truncate_version != inode.truncate_version:
+            return False  # cut meanwhile, and with it what was measured
+        now_ns = context.env.wall_ns()
+        grown = after_write(inode, privileged=False, now_ns=now_ns, mtime_ns=None)
+        store_inode(txn, replace(grown, length=measured.end))
+        return True
+
+    return await context.engine.run(grow)
+
+
+async def clear_behind(
+    context: Context,
+    inode_id: InodeId,
+    request: RequestId,
+    length: int,
+    check: Callable[[Transaction, Inode], Awaitable[None]],
+) -> None:
+    """Before a request sets the length to `length`: cut what nobody alive has put behind the end.
+
+    Does nothing for a file that shrinks, whose cut does that; nor for a late copy of the request:
+    its client, whose writes were settled when it asked, has written again since. `check` raises if
+    the caller may not.
+    """
+
+    async def nobody_writes(txn: Transaction) -> Inode | None:
+        inode = await find_inode(txn, inode_id)
+        if inode is None or inode.layout is None or length < inode.length:
+            return None
+        if await context.replies.is_known(txn, request):
+            return None
+        await check(txn, inode)
+        others = await _writers(txn, inode_id) - {request.client}
+        return inode if all(map(context.clients.is_dead, others)) else None
+
+    inode = await context.engine.run(nobody_writes, read_only=True)
+    if inode is None or inode.layout is None:
+        return
+    first = inode.length // inode.layout.chunk_bytes
+    if await context.chunks.end_of(inode_id, inode.layout, first, TIMEOUT_NS) <= inode.length:
+        return
+
+    async def record(txn: Transaction) -> None:
+        now = await nobody_writes(txn)
+        if now is not None:
+            await cut_behind(txn, now, now.length)
+
+    await context.engine.run(record)
+    await context.trims.perform(inode_id)
+
+
+async def _writers(txn: Transaction, inode_id: InodeId) -> set[int]:
+    """Return the clients that have the file open for writing."""
+    rows = await txn.get_range(*keys.session_span(inode_id))
+    sessions = [schema.SESSION.decode(value) for _, value in rows]
+    return {session.client for session in sessions if session.write}

@@ -8,7 +8,7 @@ server fills it) of the fabric call.
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -156,10 +156,14 @@ class VersionAnswer(msgspec.Struct, frozen=True, gc=False):
     version: int
 
 
+FLUSH_TARGETS_MAX = 1024  # of one call; a process has one target per disk
+FlushTargets = Annotated[tuple[TargetId, ...], msgspec.Meta(max_length=FLUSH_TARGETS_MAX)]
+
+
 class FlushRequest(msgspec.Struct, frozen=True, gc=False):
     """Make everything that these targets have committed stable (fsync)."""
 
-    targets: tuple[TargetId, ...]
+    targets: FlushTargets
 
 
 class FlushAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -221,10 +225,25 @@ class SyncAnswer(msgspec.Struct, frozen=True, gc=False):
     accepted: bool
 
 
+class Leak(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Blocks of one size that are marked and that no record names."""
+
+    block_bytes: int
+    count: int
+
+    def in_words(self) -> str:
+        """How a finding says it."""
+        return f"{self.count} blocks of {self.block_bytes >> 10} KiB are marked and have no owner"
+
+
 class FsckRequest(msgspec.Struct, frozen=True, gc=False):
-    """Compare a target's allocation bitmaps with its chunk records."""
+    """Compare a target's allocation bitmaps with its chunk records.
+
+    `free`: free what leaks, if it still is as an earlier answer said; STALE if not.
+    """
 
     target: TargetId
+    free: Leak | None = None
 
 
 class FsckAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -233,6 +252,7 @@ class FsckAnswer(msgspec.Struct, frozen=True, gc=False):
     chunks: int
     blocks: int
     findings: tuple[str, ...]
+    leaks: tuple[Leak, ...] = ()  # they are in `findings`, too
 
 
 class RepairRequest(msgspec.Struct, frozen=True, gc=False):

@@ -171,6 +171,15 @@ class Allocator:
             assert bits & ~group.used == 0
             group.recorded = bits
 
+    def are_recorded(self, positions: Iterable[int]) -> bool:
+        """Tell whether the records on disk own all these blocks, by the bitmaps."""
+        for position in positions:
+            size_class, number, index = unpack_position(position)
+            group = self._groups[size_class].get(number)
+            if group is None or not group.recorded >> index & 1:
+                return False
+        return True
+
     def idle_groups(self, size_class: int) -> list[int]:
         """Empty groups, highest first, save one that is kept for the next block."""
         groups = self._groups[size_class]

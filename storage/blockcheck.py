@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 
 from emberfs.kv.store import View
 from emberfs.proto.ids import ChunkId
-from emberfs.proto.storage_calls import FsckAnswer
-from emberfs.storage.allocator import CLASS_BYTES, GROUP_BLOCKS, NO_BLOCK, pack_position
+from emberfs.proto.storage_calls import FsckAnswer, Leak
+from emberfs.storage.allocator import GROUP_BLOCKS, NO_BLOCK, block_bytes, pack_position
 from emberfs.storage.records import (
     chunk_of_key,
     decode_pending,
@@ -25,20 +25,26 @@ class BlockCheck:
     def __init__(self, rows: View) -> None:
         self._rows = rows
         self._owners: dict[int, set[ChunkId]] = defaultdict(set)
+        self._in_redo: set[int] = set()  # blocks that redo rows name
         self._findings: list[str] = []
+        self._leaks: list[Leak] = []
         self._chunks = 0
+        self.leaked: list[int] = []  # blocks that are marked and that no row of any kind names
 
-    def run(self) -> FsckAnswer:
-        """Return the findings; no finding means that the store is sound. Raises DISK."""
+    def run(self) -> None:
+        """Look at everything, once. Raises DISK."""
         self._walk_records()
         self._walk_pending()
         self._walk_undo()
         self._walk_redo()
         self._compare_bitmaps()
+
+    def answer(self) -> FsckAnswer:
+        """Return the findings; no finding means that the store is sound."""
         findings = self._findings[:FINDINGS_MAX]
         if len(self._findings) > FINDINGS_MAX:
             findings.append(f"and {len(self._findings) - FINDINGS_MAX} more")
-        return FsckAnswer(self._chunks, len(self._owners), tuple(findings))
+        return FsckAnswer(self._chunks, len(self._owners), tuple(findings), tuple(self._leaks))
 
     def _pages(self, prefix: bytes) -> "list[tuple[bytes, bytes]]":
         return list(self._rows.scan(*prefix_range(prefix)))
@@ -68,6 +74,7 @@ class BlockCheck:
     def _walk_redo(self) -> None:
         for key, _ in self._pages(b"R"):
             chunk, block, version = parse_redo_key(key)
+            self._in_redo.add(block)
             if chunk not in self._owners.get(block, set()):
                 self._findings.append(
                     f"redo data of version {version} of {chunk.hex()} belongs to no block"
@@ -83,7 +90,6 @@ class BlockCheck:
 
     def _compare_bitmaps(self) -> None:
         unmarked = set(self._owners)
-        leaks: Counter[int] = Counter()
         for key, value in self._pages(b"G"):
             size_class, group, bits = parse_group_row(key, value)
             for index in range(GROUP_BLOCKS[size_class]):
@@ -92,11 +98,11 @@ class BlockCheck:
                 position = pack_position(size_class, group, index)
                 if position in self._owners:
                     unmarked.discard(position)
-                else:
-                    leaks[size_class] += 1
-        for size_class, count in sorted(leaks.items()):
-            size = CLASS_BYTES[size_class] >> 10
-            self._findings.append(f"{count} blocks of {size} KiB are marked and have no owner")
+                elif position not in self._in_redo:  # that one is found already
+                    self.leaked.append(position)
+        for size_bytes, count in sorted(Counter(map(block_bytes, self.leaked)).items()):
+            self._leaks.append(Leak(size_bytes, count))
+            self._findings.append(self._leaks[-1].in_words())
         for position in sorted(unmarked):
             owners = ", ".join(sorted(owner.hex() for owner in self._owners[position]))
             self._findings.append(f"block {position:#x} of {owners} is not marked")

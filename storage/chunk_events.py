@@ -175,7 +175,10 @@ Event = (
 
 
 class Prepare(msgspec.Struct, frozen=True, gc=False):
-    """Write the payload of `key` as pending `version`; with `commit` in the same batch."""
+    """Write the payload of `key` as pending `version`; with `commit` in the same batch.
+
+    It takes the place of a pending version in one step.
+    """
 
     key: int
     request: UpdateRequest
@@ -191,9 +194,7 @@ class Commit(msgspec.Struct, frozen=True, gc=False):
 
 
 class Discard(msgspec.Struct, frozen=True, gc=False):
-    """Drop the pending version; with `last` come back with Discarded."""
-
-    last: bool
+    """Drop the pending version; come back with Discarded."""
 
 
 class Forward(msgspec.Struct, frozen=True, gc=False):

@@ -15,13 +15,13 @@ from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ChunkId, KiB, MiB
-from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, RememberedWrite, UpdateKind
+from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, Leak, RememberedWrite, UpdateKind
 from emberfs.runtime.checksum import crc32c, crc32c_blocks
 from emberfs.runtime.env import Env
-from emberfs.storage.blockcheck import BlockCheck
 from emberfs.storage.blocks import BlockFiles, disk_error, record_reserve_bytes
 from emberfs.storage.content import Outcome, View, read_unverified, read_view
 from emberfs.storage.flush import Flusher
+from emberfs.storage.leaks import Leaks
 from emberfs.storage.records import (
     CHECKSUM_BYTES,
     ChunkRecord,
@@ -109,6 +109,7 @@ class ChunkStore:
         self.power_cut_possible = False  # the target may have lost what was not flushed
         self._preparer = Preparer(table, files, self.damaged)
         self._flusher = Flusher(table, files)
+        self._leaks = Leaks(table)
 
     # ------------------------------------------------------------ life
 
@@ -243,6 +244,8 @@ class ChunkStore:
             return False
         if kind == UpdateKind.REPLACE or chunk is None:
             return kind != UpdateKind.TRUNCATE
+        if chunk in self._table.pending:
+            return False  # an append beside it is merged into a block of its own
         known, record = self._table.cached(chunk)
         if not known or kind == UpdateKind.TRUNCATE:
             return False
@@ -264,9 +267,10 @@ class ChunkStore:
     ) -> None:
         """Write `version` as pending; it survives kill -9 when this returns. [T] or is_quick
 
-        `version` is committed + 1; any for REPLACE. `remembered` becomes the chunk's. A pending
-        version that is there is discarded first. Raises VERSION_GAP, INVALID, NO_SPACE, DISK,
-        CHECKSUM (the content to merge with is damaged); then the committed version is untouched.
+        `version` is committed + 1; any for REPLACE. `remembered` becomes the chunk's. It takes the
+        place of a pending version in the same step, so that at no instant there is neither. Raises
+        VERSION_GAP, INVALID, NO_SPACE, DISK, CHECKSUM (the content to merge with is damaged); then
+        the committed version is untouched, and so is the pending one.
         `checksums`: a REPLACE by content that is damaged already; these are what it should have.
         """
         update = Update(
@@ -279,6 +283,7 @@ class ChunkStore:
         except EmberfsError:
             self._give_back(pending)
             raise
+        self._adopt(chunk, update)
 
     def prepare_and_commit(
         self,
@@ -305,6 +310,7 @@ class ChunkStore:
         except EmberfsError:
             self._give_back(pending)
             raise
+        self._adopt(chunk, update)
         self._healed(chunk, pending)
 
     def _stage(self, chunk: ChunkId, update: Update) -> Pending:
@@ -315,10 +321,6 @@ class ChunkStore:
             raise EmberfsError(
                 Code.VERSION_GAP, f"version {update.version} does not follow committed {have}"
             )
-        self._table.discard(chunk)
-        self._adopted.discard(chunk)
-        if update.checksums:
-            self._adopted.add(chunk)
         try:
             return self._preparer.stage(chunk, update)
         except EmberfsError as problem:
@@ -326,6 +328,13 @@ class ChunkStore:
                 raise
         self._flusher.flush()  # frees what overwritten and removed chunks held
         return self._preparer.stage(chunk, update)
+
+    def _adopt(self, chunk: ChunkId, update: Update) -> None:
+        """Remember whether what is pending now came damaged."""
+        if update.checksums:
+            self._adopted.add(chunk)
+        else:
+            self._adopted.discard(chunk)
 
     def _give_back(self, pending: Pending) -> None:
         if pending.record.fresh:
@@ -355,6 +364,7 @@ class ChunkStore:
     def discard(self, chunk: ChunkId) -> None:
         """Drop the pending version, if any. Raises NO_SPACE, DISK."""
         self._table.discard(chunk)
+        self._adopted.discard(chunk)
 
     # ------------------------------------------------------------ reads
 
@@ -567,10 +577,11 @@ class ChunkStore:
 
     def check(self) -> FsckAnswer:
         """Compare bitmaps with records: findings in words, none when all is sound. [T]"""
-        with self._table.lock:
-            self._table.allocator.check()
-            snapshot = self._table.store.snapshot()
-        return BlockCheck(snapshot).run()
+        return self._leaks.check().answer()
+
+    def free_leaked(self, leak: Leak) -> None:
+        """Free blocks that a check found to have no owner. [T] STALE if that has changed."""
+        self._leaks.free(leak)
 
 
 def _pending_state(pending: Pending) -> PendingState:

@@ -24,7 +24,9 @@ one of them owns the chunk from its start to its end. It exists only while somet
 An update that has been prepared is never given up while this target is writable: forwards are
 repeated, to whoever is the successor then. It ends by commit, by a refusal for want of space that
 is certain to have left no trace further down, or by this target losing its place; then the pending
-version stays in the store as a leftover, or is overwritten when the target is filled again.
+version stays in the store as a leftover, or is replaced when the predecessor sends another one or
+the target is filled again. PREPARE replaces it in one step of the store: somebody may have shown
+what is pending here, so until the new version is there nothing may look as if it were not.
 """
 
 from collections import deque
@@ -129,6 +131,12 @@ class ChunkMachine:
     def idle(self) -> bool:
         """True when the machine can be dropped."""
         return self._current is None and not self._queue
+
+    @property
+    def has_leftover(self) -> bool:
+        """True while a version is pending that no operation is going to end."""
+        pending = self.state.pending if self.state is not None else None
+        return pending is not None and (self._current is None or self._current.hold)
 
     def handle(self, event: Event, now_ns: int) -> list[Effect]:
         """Take one event; the effects are to be performed in the order of the list."""
@@ -334,14 +342,13 @@ class ChunkMachine:
         remembered: tuple[RememberedWrite, ...],
         effects: list[Effect],
     ) -> None:
-        """Write the update into the store. A pending version of ours gives way to it."""
+        """Write the update into the store. A pending version of ours gives way to it there."""
         assert operation.request is not None
         self._own(operation)
         operation.phase = Phase.PREPARE
         operation.version = version
         if self.state is not None and self.state.pending is not None:
             operation.doubtful = True  # it may be this very update, and forwarded already
-            effects.append(Discard(last=False))  # the predecessor is authoritative
         effects.append(
             Prepare(
                 operation.keys[0],
@@ -499,7 +506,7 @@ class ChunkMachine:
         elif event.code == Code.NO_SPACE and not operation.doubtful:
             operation.phase = Phase.DISCARD
             operation.failure = (event.code, event.message)
-            effects.append(Discard(last=True))
+            effects.append(Discard())
         elif event.code in WANTS_CONTENT and not operation.whole:
             operation.whole = True
             self._forward(operation, effects)

@@ -17,7 +17,7 @@ from emberfs.runtime.checksum import crc32c
 from emberfs.runtime.env import Env
 from emberfs.storage.chunk_events import Forward, State
 from emberfs.storage.lasting import run_thread_to_end
-from emberfs.storage.links import Links
+from emberfs.storage.links import BUFFER_TIMEOUT_NS, Links
 from emberfs.storage.storeface import Store
 from emberfs.storage.table import PENDING
 
@@ -126,7 +126,7 @@ class Sender:
         exists: bool,
         last_copy: bool,
     ) -> None:
-        buffer = await self._buffers.take_wait(length) if length else None
+        buffer = await self._take(length) if length else None
         try:
             checksum, checksums, order = 0, b"", self._next_order()
             if buffer is not None:
@@ -151,6 +151,9 @@ class Sender:
         finally:
             if buffer is not None:
                 self._buffers.give(buffer)
+
+    async def _take(self, length: int) -> Slice:
+        return await self._buffers.take_within(length, BUFFER_TIMEOUT_NS)
 
     async def _load(
         self, store: Store, chunk: ChunkId, version: int, buffer: Slice, last_copy: bool

@@ -42,6 +42,7 @@ FORWARD_TIMEOUT_NS = 5 * SECOND
 SLOWEST_BYTES_PER_S = 8 << 20  # slower, and a chunk of 64 MiB cannot be forwarded
 QUESTION_TIMEOUT_NS = 1 * SECOND
 LIST_TIMEOUT_NS = 10 * SECOND
+BUFFER_TIMEOUT_NS = 30 * SECOND  # for memory that other transfers hold, each for a few seconds
 NO_CHUNK = ChunkId(bytes(CHUNK_ID_BYTES))
 
 _NO_ANSWER = frozenset({Code.TIMEOUT, Code.DISCONNECTED, Code.UNREACHABLE})

@@ -11,7 +11,7 @@ from emberfs.proto.storage_calls import ChunkRow, UpdateKind
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 from emberfs.storage.lasting import run_thread_to_end
-from emberfs.storage.links import Links
+from emberfs.storage.links import BUFFER_TIMEOUT_NS, Links
 from emberfs.storage.metrics import DAMAGED, REPAIRS
 from emberfs.storage.replica import TargetReplica
 
@@ -97,7 +97,7 @@ class Repairer:
         Raises VERSION_GAP when it has another version than `wanted`, or why it cannot be read.
         """
         version, length = wanted.version, wanted.length
-        buffer = await self._buffers.take_wait(max(length, 1))
+        buffer = await self._buffers.take_within(max(length, 1), BUFFER_TIMEOUT_NS)
         try:
             result = await self._links.read_chunk(source, replica.view.chain_version, chunk, buffer)
             if result.version != version or result.length != length:

@@ -13,7 +13,7 @@ from emberfs.proto.ids import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
 from emberfs.proto.storage_calls import RememberedWrite, RepairRequest, UpdateKind
 from emberfs.runtime.env import Env
 from emberfs.storage.lasting import run_thread_to_end
-from emberfs.storage.links import Links
+from emberfs.storage.links import BUFFER_TIMEOUT_NS, Links
 from emberfs.storage.replica import TargetReplica
 
 log = logging.getLogger("emberfs.storage.replace")
@@ -28,7 +28,7 @@ async def replace_replica(
         state = replica.store.state(request.chunk)
         if state is not None and state.pending is not None:
             raise EmberfsError(Code.BUSY, "a pending version must be committed first")
-        buffer = await buffers.take_wait(max(request.length, 1))
+        buffer = await buffers.take_within(max(request.length, 1), BUFFER_TIMEOUT_NS)
         try:
             result = await links.read_chunk(
                 request.source, request.chain_version, request.chunk, buffer

@@ -36,6 +36,7 @@ from emberfs.storage.view import View, view_of
 log = logging.getLogger("emberfs.storage.replica")
 
 NEWER_CHAIN_WAIT_NS = 300 * MS  # how long a request may be ahead of our routing
+HOLD_NS = 60 * SECOND  # how long recovery and repair wait for an update of a chunk to end
 TOMBSTONES_MAX = 4096  # removed chunks whose writers are still known
 
 
@@ -245,19 +246,28 @@ class TargetReplica:
 
     @asynccontextmanager
     async def hold(self, chunk: ChunkId) -> AsyncIterator[None]:
-        """Own a chunk: nothing changes it meanwhile."""
+        """Own a chunk: nothing changes it meanwhile. BUSY if an update of it does not end."""
         key, waiter = self._enter(None)
         try:
             self._arrive(chunk, ev.HoldArrived(key))
-            await waiter.done
+            if not waiter.done.done():
+                await self._granted(waiter)
+            waiter.done.result()
             yield
         finally:
             del self._waiters[key]
             if chunk in self._active:
                 self._feed(self._active[chunk], ev.Abandoned(key))
 
+    async def _granted(self, waiter: _Waiter) -> None:
+        """Wait for a hold; an update may wait for its successor as long as an outage lasts."""
+        await asyncio.wait([waiter.done], timeout=HOLD_NS / SECOND)
+        if not waiter.done.done():
+            text = f"an update of the chunk has not ended for {HOLD_NS // SECOND} s"
+            raise EmberfsError(Code.BUSY, text)
+
     async def settled(self) -> None:
-        """Wait until every operation that is in work now has ended."""
+        """Wait until every operation that is in work now has ended. BUSY if one does not."""
         for chunk in list(self._active):
             async with self.hold(chunk):
                 pass
@@ -265,7 +275,9 @@ class TargetReplica:
     @property
     def has_leftovers(self) -> bool:
         """Whether some chunk has a pending version that no operation owns."""
-        return bool(self._leftover)
+        # A hold may have come right behind the operation that lost its place.
+        active = self._active.values()
+        return bool(self._leftover) or any(one.machine.has_leftover for one in active)
 
     def is_disputed(self, chunk: ChunkId) -> bool:
         """Whether a read must look closer: operations in work, or a leftover."""
@@ -356,7 +368,7 @@ class TargetReplica:
                 if waiter is not None and not waiter.done.done():
                     waiter.done.set_result((0, 0))
             case ev.Discard():
-                return self._discard(active, effect)
+                return self._discard(active)
             case ev.CancelForward():
                 if active.forward is not None:
                     active.forward.cancel()
@@ -420,11 +432,11 @@ class TargetReplica:
 
     def _store_changed(self, active: _Active) -> ev.Event:
         state = self.store.state(active.chunk)
+        self._leftover.discard(active.chunk)
         if state is not None and state.pending is not None:
             return ev.Prepared(state)
         self.flusher.dirty = True
         active.removals += state is None
-        self._leftover.discard(active.chunk)
         self._tell(active)
         return ev.Committed(state)
 
@@ -440,15 +452,14 @@ class TargetReplica:
             asyncio.get_running_loop().call_soon(self.fail, problem.message)
         return ev.StoreFailed(self.store.state(active.chunk), code, problem.message)
 
-    def _discard(self, active: _Active, effect: ev.Discard) -> ev.Event | None:
+    def _discard(self, active: _Active) -> ev.Event:
         try:
             self.store.discard(active.chunk)
         except Exception as problem:
-            failed = self._store_failed(active, problem)
-            return failed if effect.last else None
+            return self._store_failed(active, problem)
         self._leftover.discard(active.chunk)
         self._tell(active)
-        return ev.Discarded(self.store.state(active.chunk)) if effect.last else None
+        return ev.Discarded(self.store.state(active.chunk))
 
     def _flush_store(self) -> None:
         self.store.flush()

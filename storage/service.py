@@ -370,8 +370,13 @@ class StorageService:
     async def fsck(self, call: ServerCall) -> bytes:
         """The handler of FSCK."""
         request = FSCK.decode_request(call.body)
-        found = await self._env.run_blocking(self._replica(request.target).store.check)
-        return FSCK.encode_answer(FsckAnswer(found.chunks, found.blocks, tuple(found.findings)))
+        store, leak = self._replica(request.target).store, request.free
+        if leak is not None:
+            await run_thread_to_end(self._env, lambda: store.free_leaked(leak))
+            log.warning("target %d: freed: %s", request.target, leak.in_words())
+        found = await self._env.run_blocking(store.check)
+        answer = FsckAnswer(found.chunks, found.blocks, tuple(found.findings), tuple(found.leaks))
+        return FSCK.encode_answer(answer)
 
     async def repair(self, call: ServerCall) -> bytes:
         """The handler of REPAIR."""

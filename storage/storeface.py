@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from emberfs.proto.ids import ChunkId
-from emberfs.proto.storage_calls import ChunkRow, RememberedWrite, UpdateKind
+from emberfs.proto.storage_calls import ChunkRow, Leak, RememberedWrite, UpdateKind
 from emberfs.storage.chunk_events import State
 
 
@@ -38,6 +38,11 @@ class Findings(Protocol):
     @property
     def findings(self) -> Sequence[str]:
         """What is wrong, in words."""
+        ...
+
+    @property
+    def leaks(self) -> Sequence[Leak]:
+        """Blocks without owner, by size."""
         ...
 
 
@@ -152,6 +157,10 @@ class Store(Protocol):
 
     def check(self) -> Findings:
         """Compare bitmaps with records. Blocks."""
+        ...
+
+    def free_leaked(self, leak: Leak) -> None:
+        """Free blocks that a check found to have no owner. Blocks."""
         ...
 
     def close(self) -> None:

@@ -192,29 +192,37 @@ class ChunkTable:
     # ------------------------------------------------------------ batches
 
     def store_pending(self, chunk: ChunkId, pending: Pending) -> None:
-        """Record a prepared version. Raises NO_SPACE or DISK, with nothing changed."""
+        """Record a prepared version in the place of one that is pending.
+
+        Raises NO_SPACE or DISK, with nothing changed.
+        """
         record = pending.record
         with self.lock:
-            assert chunk not in self.pending
-            changes: list[Change] = [(pending_key(chunk), encode(record))]
+            changes, removed = self._give_way(chunk)
+            changes.append((pending_key(chunk), encode(record)))
             if pending.redo is not None:
                 changes.append(
                     (redo_key(chunk, record.block, record.version), encode_redo(pending.redo))
                 )
             added = [record.block] if record.fresh else []
-            self._write(changes, added, [])
+            self._write(changes, added, removed)
             self.pending[chunk] = pending
+            self._hold(removed)
 
     def commit(self, chunk: ChunkId, pending: Pending, *, stored: bool) -> None:
         """Make a version the committed one; `stored`: its pending record is in the store.
 
-        Raises NO_SPACE or DISK, with nothing changed.
+        If it is not, what is pending gives way. Raises NO_SPACE or DISK, with nothing changed.
         """
         with self.lock:
             record, before = pending.record, self.record(chunk)
             after = committed_from(record, before)
             changes: list[Change] = [(record_key(chunk), encode(after) if after else None)]
             added: list[int] = []
+            removed: list[int] = []
+            if self.pending.get(chunk) is not pending:
+                gone, removed = self._give_way(chunk)
+                changes += gone
             if stored:
                 changes.append((pending_key(chunk), None))
             else:
@@ -229,8 +237,9 @@ class ChunkTable:
             dropped = moved and not keeps and not (undo is not None and undo.holds(old_block))
             if dropped:
                 changes += self.redo_deletions(old_block)
-            self._write(changes, added, [old_block] if dropped else [])
+            self._write(changes, added, [*removed, *([old_block] if dropped else [])])
             self._committed(chunk, pending, before, after, keeps, moved, dropped)
+            self._hold(removed)
 
     def _keep(self, chunk: ChunkId, before: ChunkRecord | None, changes: list[Change]) -> bool:
         """Add the undo row if this is the chunk's first commit in the epoch."""
@@ -273,19 +282,30 @@ class ChunkTable:
     def discard(self, chunk: ChunkId) -> None:
         """Drop a pending version. Raises NO_SPACE or DISK, with nothing changed."""
         with self.lock:
-            pending = self.pending.get(chunk)
-            if pending is None:
+            if chunk not in self.pending:
                 return
-            record = pending.record
-            changes: list[Change] = [(pending_key(chunk), None)]
-            if record.redo:
-                changes.append((redo_key(chunk, record.block, record.version), None))
-            self._write(changes, [], [record.block] if record.fresh else [])
+            changes, removed = self._give_way(chunk)
+            self._write(changes, [], removed)
             del self.pending[chunk]
-            if record.fresh:
-                self.held.append((self.epoch, record.block))
-                waiting = self.waiting_bytes.get(self.epoch, 0)
-                self.waiting_bytes[self.epoch] = waiting + block_bytes(record.block)
+            self._hold(removed)
+
+    def _give_way(self, chunk: ChunkId) -> tuple[list[Change], list[int]]:
+        """Return what removes the rows of a pending version, and the block that only it owns."""
+        pending = self.pending.get(chunk)
+        if pending is None:
+            return [], []
+        record = pending.record
+        changes: list[Change] = [(pending_key(chunk), None)]
+        if record.redo:
+            changes.append((redo_key(chunk, record.block, record.version), None))
+        return changes, [record.block] if record.fresh else []
+
+    def _hold(self, blocks: list[int]) -> None:
+        """Nothing owns these blocks any more; they are free once that is stable."""
+        for block in blocks:
+            self.held.append((self.epoch, block))
+            waiting = self.waiting_bytes.get(self.epoch, 0)
+            self.waiting_bytes[self.epoch] = waiting + block_bytes(block)
 
     def add_redo(self, chunk: ChunkId, block: int, version: int, redo: RedoRecord) -> None:
         """Fold committed redo data into the overlay of its block."""
@@ -340,6 +360,22 @@ class ChunkTable:
         """Return a block that never got an owner."""
         with self.lock:
             self.allocator.give(position)
+
+    def free_leaked(self, blocks: list[int]) -> None:
+        """Blocks that no row names are marked no more. STALE if one is not so; NO_SPACE, DISK."""
+        with self.lock:
+            if any(map(self._is_known, blocks)) or not self.allocator.are_recorded(blocks):
+                raise EmberfsError(Code.STALE, "a block is in use, or free, by now; look again")
+            self._write([], [], blocks)
+            self._hold(blocks)
+
+    def _is_known(self, block: int) -> bool:
+        """Tell whether memory knows a use of a block, apart from committed versions."""
+        return (
+            block in self.redo
+            or any(pending.record.block == block for pending in self.pending.values())
+            or any(undo.current == block or undo.holds(block) for undo in self.undo.values())
+        )
 
     def retire(self, blocks: Iterable[int]) -> None:
         """Blocks whose last record is gone for good: free once no reader can look at them."""

@@ -2,7 +2,8 @@
 
     copy     into a fresh block: new chunks, at least half of the content changes, the block is too
              small or much too large, whole replacements
-    append   in place behind the committed end, which no reader of a committed version looks at
+    append   in place behind the committed end, which no reader of a committed version looks at;
+             not where a pending version stands that the new one is to replace: it may be there
     redo     a small update: only logged; the block is written after the log is stable
     cut      a truncation: a shorter record, and a trim for older redo data
 
@@ -123,7 +124,8 @@ class Preparer:
             or grain_of(length) != grain_of(before)
         ):
             return self._copy(chunk, update, record, span)
-        if span.start == before >= self._table.floor(chunk, record):
+        replaces = chunk in self._table.pending
+        if not replaces and span.start == before >= self._table.floor(chunk, record):
             return self._append(chunk, update, record, span)
         if 2 * (span.stop - span.start) >= length:
             return self._copy(chunk, update, record, span)

@@ -2,16 +2,23 @@
 
 The first byte of an input chooses the decoder, the rest is its input. Anything but EmberfsError
 ends the run, with the input in a file crash-*; the same program with that file repeats it.
+
+It begins with sound messages and records of every kind: from nothing, no fuzzer finds the way into
+decoders that are compiled, where it cannot see how far it came.
 """
 
 import importlib
+import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import atheris
+import msgspec
+from hypothesis.errors import NonInteractiveExampleWarning
 
 with atheris.instrument_imports(include=["emberfs"]):
     from google.protobuf.message import DecodeError
@@ -26,7 +33,12 @@ with atheris.instrument_imports(include=["emberfs"]):
     from emberfs.runtime.config import load_config
     from emberfs.storage import records
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fuzz.strategies import values_of
+
+SEEDS_EACH = 4
 SCRATCH = Path(tempfile.gettempdir()) / "emberfs-fuzz.toml"
+SEEDS = Path(tempfile.gettempdir()) / "emberfs-fuzz-seeds"
 
 
 def _header(raw: bytes) -> None:
@@ -50,8 +62,9 @@ def _config(raw: bytes) -> None:
     load_config(SCRATCH, MetaConfig)
 
 
-def _targets() -> list[Callable[[bytes], Any]]:
-    found: list[Callable[[bytes], Any]] = [
+def _targets() -> list[tuple[Callable[[bytes], Any], type[Any] | None]]:
+    """Every decoder, with what it decodes where that is a struct in msgpack."""
+    plain: list[Callable[[bytes], Any]] = [
         lambda raw: frame.decode_header(memoryview(raw.ljust(frame.HEADER_BYTES, b"\0"))),
         _header,
         frame.decode_hello,
@@ -62,17 +75,23 @@ def _targets() -> list[Callable[[bytes], Any]]:
         unpack_read_results,
         _routing,
         _config,
-        lambda raw: records.decode_record(b"M", raw),
-        lambda raw: records.decode_pending(b"P", raw),
         lambda raw: records.decode_redo(b"R", raw),
         lambda raw: records.parse_group_row(raw[:10], raw[10:]),
     ]
-    found += [value.decode for value in vars(schema).values() if isinstance(value, schema.Codec)]
+    found: list[tuple[Callable[[bytes], Any], type[Any] | None]] = [(one, None) for one in plain]
+    found += [
+        (lambda raw: records.decode_record(b"M", raw), records.ChunkRecord),
+        (lambda raw: records.decode_pending(b"P", raw), records.PendingRecord),
+    ]
+    for value in vars(schema).values():
+        if isinstance(value, schema.Codec):
+            found.append((value.decode, value.record))
     for name in ("meta_calls", "storage_calls"):
         module = importlib.import_module(f"emberfs.proto.{name}")
         for method in vars(module).values():
             if isinstance(method, Method):
-                found += [method.decode_request, method.decode_answer]
+                found.append((method.decode_request, method.request_type))
+                found.append((method.decode_answer, method.answer_type))
     return found
 
 
@@ -84,11 +103,29 @@ def try_one(data: bytes) -> None:
     if len(data) < 2:
         return
     try:
-        TARGETS[data[0] % len(TARGETS)](data[1:])
+        TARGETS[data[0] % len(TARGETS)][0](data[1:])
     except EmberfsError:
         pass
 
 
+def write_seeds(directory: Path) -> None:
+    """One file for each sound input. libFuzzer adds what it finds, until the next start."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    warnings.simplefilter("ignore", NonInteractiveExampleWarning)
+    for number, (_, struct) in enumerate(TARGETS):
+        if struct is None or not issubclass(struct, msgspec.Struct):
+            continue
+        examples = values_of(struct)
+        for copy in range(SEEDS_EACH):
+            body = msgspec.msgpack.encode(examples.example())
+            (directory / f"{number}-{copy}").write_bytes(bytes([number]) + body)
+
+
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, try_one)
+    corpus: list[str] = []
+    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no input to repeat
+        write_seeds(SEEDS)
+        corpus = ["-keep_seed=1", str(SEEDS)]  # they look alike: the difference is in compiled code
+    atheris.Setup(sys.argv + corpus, try_one)
     atheris.Fuzz()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 from emberfs.client.blocking import Client
 from integration.harness import LocalCluster, wait_until
@@ -40,3 +41,23 @@ def test_o2_c9_direct_writes_behind_the_old_end_outlive_their_client(fresh: Loca
         assert file.pread(memory, 3 << 20) == len(memory)
         assert bytes(memory) == b"abcd" * 4096
     assert "clean:" in fresh.fsck()
+
+
+GONE_S = 12.0  # the lease of 5 s has run out, and routing says so; the grace of 30 s has not
+
+
+def test_a_file_grows_over_zeros_where_a_dead_client_had_written(fresh: LocalCluster) -> None:
+    """What was never settled, and lies where the file is extended, does not show."""
+    plan = fresh.plan
+    done = subprocess.run(
+        [sys.executable, "-c", DIRECT_WRITER, plan.mgmtd_address, plan.cluster],
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == -9
+    path = fresh.mount / "f"
+    assert os.stat(path).st_size == 4096
+    time.sleep(GONE_S)
+    os.truncate(path, 4 << 20)
+    content = path.read_bytes()
+    assert content == b"1234" * 1024 + bytes((4 << 20) - 4096)

@@ -22,6 +22,8 @@ from emberfs.proto.meta_calls import Caller
 from emberfs.proto.storage_calls import UPDATE, UpdateKind, UpdateRequest, WriteTag
 from emberfs.runtime.checksum import crc32c
 from emberfs.runtime.real import RealEnv
+from emberfs.storage.allocator import CLASS_BYTES, GROUP_BLOCKS
+from emberfs.storage.records import group_row, parse_group_row, prefix_range
 from integration.harness import LocalCluster, local_cluster, wait_until
 
 ROOT = Caller(uid=0, gid=0)
@@ -250,6 +252,31 @@ def test_o3_o11_damaged_metadata_is_found_and_mended(cluster: LocalCluster) -> N
     lost.rename(cluster.mount / "d" / "f3")
     assert (cluster.mount / "d" / "f0").stat().st_nlink == 2
     assert os.statvfs(cluster.mount).f_files
+    intact(cluster)
+
+
+def test_s1_leaked_blocks_of_a_store_are_freed(cluster: LocalCluster) -> None:
+    """Blocks that are marked and have no owner are found, freed, and usable again."""
+    cluster.emberfs("umount")
+    name = "storage3"
+    processes.stop(cluster.plan.process(name), timeout_s=20)
+    store = RocksStore(str(next((cluster.directory / "data" / name).rglob("meta"))))
+    try:
+        key, value = store.scan(*prefix_range(b"G"), limit=1)[0]
+        found = parse_group_row(key, value)
+        free = [i for i in range(GROUP_BLOCKS[found.size_class]) if not found.bits >> i & 1][:2]
+        bits = found.bits | sum(1 << i for i in free)
+        store.write([group_row(found._replace(bits=bits))])
+        store.sync()
+    finally:
+        store.close()
+    cluster.start(name)
+    cluster.up()
+    cluster.wait_serving()
+    size = CLASS_BYTES[found.size_class] >> 10
+    finds_then_mends(cluster, f"{len(free)} blocks of {size} KiB are marked and have no owner")
+    (cluster.mount / "after").write_bytes(content(5) * 3)
+    assert "clean:" in cluster.fsck()
     intact(cluster)
 
 

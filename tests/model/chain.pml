@@ -397,7 +397,8 @@ inline move_on(i) {
     fi
 }
 
-/* ChunkMachine._take: discard a pending version of ours, prepare another one. */
+/* ChunkMachine._take. A pending version of ours stays until the other one is there (prepared):
+   table.store_pending and commit replace it in one batch. */
 inline take(i, kind_, ver_, val_, id_) {
     op[i].ph = PREPARE; op[i].kind = kind_; op[i].ver = ver_; op[i].val = val_; op[i].id = id_;
     op[i].serving = SERVES(i, rv[i]);

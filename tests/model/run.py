@@ -1,7 +1,7 @@
 """Check chain.pml with spin: the protocol is clean within its bounds, every mutation is caught.
 
     python tests/model/run.py ci       bounded, well under a minute of one core
-    python tests/model/run.py full     the exhaustive bounds of the README, half an hour, 8 GiB
+    python tests/model/run.py full     the exhaustive bounds of the README, 7 minutes, 8 GiB
     python tests/model/run.py large    bounds too large to store: 5 minutes each, NOT exhaustive
     python tests/model/run.py find DEFINE...   one search; prints the trace of what it finds
 

@@ -128,7 +128,7 @@ def failed_forward_is_taken_back(patch: Patch) -> None:
         if operation is not None:
             operation.phase = craq.Phase.DISCARD
             operation.failure = (event.code, event.message)
-            effects.append(ev.Discard(last=True))
+            effects.append(ev.Discard())
 
     patch.put(craq._HANDLERS, ev.ForwardFailed, failed)
 

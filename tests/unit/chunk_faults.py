@@ -245,13 +245,14 @@ class World:
         self.truths = {pack_chunk_id(InodeId(7), n): Truth() for n in range(chunks)}
         self.store = env.open()
         self.in_flight: tuple[ChunkId, Version] | None = None
+        self.swaps = False  # what is in flight leaves a pending version in any case
 
     # ------------------------------------------------------------ operations
 
     def update(self) -> None:
         chunk = self.dice.choice(list(self.truths))
         truth = self.truths[chunk]
-        if truth.pending is not None:
+        if truth.pending is not None and self.dice.random() < 0.8:
             self.decide(chunk, truth)
             return
         kind, offset, length, after = self._draw(truth.now)
@@ -261,6 +262,7 @@ class World:
         call = self.store.prepare_and_commit if self.dice.random() < 0.5 else self.store.prepare
         commits = call == self.store.prepare_and_commit
         self.in_flight = (chunk, after)
+        self.swaps = truth.pending is not None and not commits
         truth.attempts.append(after)
         call(
             chunk, kind, version=after.number or truth.now.number + 1, offset=offset,
@@ -268,11 +270,10 @@ class World:
             chunk_bytes=self.chunk_bytes, remembered=(mark,),
             replace_exists=after.content is not None or kind != UpdateKind.REPLACE,
         )  # fmt: skip
-        self.in_flight = None
+        self.in_flight, self.swaps = None, False
+        truth.pending = None if commits else after
         if commits:
             truth.versions.append(after)
-        else:
-            truth.pending = after
 
     def _draw(self, now: Version) -> tuple[UpdateKind, int, int, Version]:
         dice, old = self.dice, now.content or b""
@@ -391,6 +392,7 @@ class World:
             elif truth.pending is not None and not power_cut:
                 assert self.in_flight is not None
                 assert self.in_flight[0] == chunk
+                assert not self.swaps
             if power_cut:
                 truth.versions, truth.attempts = [found], []
             elif found != truth.now:
@@ -399,5 +401,5 @@ class World:
             if truth.pending is not None and prepared is None:
                 truth.pending = ABSENT
             truth.attempts += [truth.pending] if truth.pending is not None else []
-        self.in_flight = None
+        self.in_flight, self.swaps = None, False
         self.sound()

@@ -5,14 +5,15 @@ import asyncio
 from msgspec.structs import replace
 
 from emberfs.deploy.fsck import Fsck, Options, Report
-from emberfs.deploy.fsck_chunks import ReplaceReplica
+from emberfs.deploy.fsck_chunks import FreeBlocks, ReplaceReplica
 from emberfs.kv import keys
 from emberfs.meta import mend, records, schema
 from emberfs.proto import meta_calls as calls
 from emberfs.proto.cluster import Chain, ChainTarget
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import ChainId, ChunkId, TargetId, pack_chunk_id
-from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, ListAnswer
+from emberfs.proto.storage_calls import ChunkRow, FsckAnswer, Leak, ListAnswer
 from unit.meta_world import CHUNK, ROOT, World
 
 QUICK = Options(pause_ns=1, grace_ns=1)
@@ -52,6 +53,7 @@ class FakeStores:
         self.world = world
         self.rows: dict[TargetId, dict[ChunkId, ChunkRow]] = {}
         self.blocks: dict[TargetId, tuple[str, ...]] = {}
+        self.leaks: dict[TargetId, Leak] = {}
         self.removed: list[ChunkId] = []
         self.looks = 0
         for chain in self.chains():
@@ -86,7 +88,14 @@ class FakeStores:
         return ListAnswer(tuple(found[:limit]), more)
 
     async def check(self, member: ChainTarget) -> FsckAnswer:
-        return FsckAnswer(0, 0, self.blocks.get(member.target, ()))
+        leaks = tuple(leak for target, leak in self.leaks.items() if target == member.target)
+        texts = (*self.blocks.get(member.target, ()), *(leak.in_words() for leak in leaks))
+        return FsckAnswer(0, 0, texts, leaks)
+
+    async def free(self, order: FreeBlocks) -> None:
+        if self.leaks.get(order.target.target) != order.leak:
+            raise EmberfsError(Code.STALE, "it leaks otherwise now")
+        del self.leaks[order.target.target]
 
     async def replace(self, order: ReplaceReplica) -> None:
         self.rows[order.target.target][order.chunk] = self.rows[order.source][order.chunk]

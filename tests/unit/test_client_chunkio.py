@@ -242,6 +242,28 @@ def test_o15_pending_read_ends_when_routing_declares_its_node_dead():
     run(test)
 
 
+def test_a_write_waits_for_its_turn_no_longer_than_for_an_answer():
+    async def test(world):
+        io, layout = chunkio_of(world), world.layout
+        for node in world.storage:
+            node.hang = True
+        first = asyncio.ensure_future(io.write(INODE, layout, 0, memoryview(b"first")))
+        await asyncio.sleep(0.05)
+        with pytest.raises(EmberfsError) as caught:
+            async with asyncio.timeout(5):
+                await io.write(INODE, layout, 0, memoryview(b"second"), timeout_ns=100 * MS)
+        assert caught.value.code == Code.TIMEOUT
+        assert "was not sent" in caught.value.message
+        first.cancel()
+        await asyncio.wait([first])
+        for node in world.storage:
+            node.hang = False
+        await io.write(INODE, layout, 0, memoryview(b"third"))
+        assert bytes(world.chunks[pack_chunk_id(INODE, 0)]) == b"third"
+
+    run(test)
+
+
 def test_deadline_names_what_went_wrong():
     async def test(world):
         io = chunkio_of(world)
@@ -459,6 +481,16 @@ def test_flush_asks_every_node_once_and_repeats_when_the_chain_changed():
         world.republish(lost=(3,))
         await flushing
         assert len(world.storage[0].flushed) == 3
+
+    run(test)
+
+
+def test_a_flush_of_many_targets_comes_in_calls_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(chunkwrite, "FLUSH_TARGETS_MAX", 1)
+
+    async def test(world):
+        await chunkio_of(world).flush([1, 2])
+        assert sorted(world.storage[0].flushed) == [(101,), (102,)]
 
     run(test)
 

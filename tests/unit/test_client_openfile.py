@@ -292,6 +292,28 @@ def test_truncate_drops_what_is_buffered_and_what_storage_has_beyond():
     run(test)
 
 
+def test_a_file_that_grows_has_told_meta_before_what_was_written():
+    """Meta cuts what lies behind the length that it knows of: a dead writer may have left it."""
+
+    async def test(world):
+        files = world.client()
+        file = await make(files)
+        await file.write(0, b"a" * 1000)
+        told, cut = [], world.meta.cut
+
+        def listening(number, length):
+            told.append(world.meta.inodes[number].length)
+            return cut(number, length)
+
+        world.meta.cut = listening
+        await file.truncate(5000, ME)
+        assert told == [1000]
+        assert bytes(await file.read(0, 9000)) == b"a" * 1000 + bytes(4000)
+        await file.close()
+
+    run(test)
+
+
 def test_truncate_by_path_and_open_with_truncate_respect_buffered_writes():
     async def test(world):
         files = world.client()

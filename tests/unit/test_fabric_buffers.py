@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from emberfs.fabric.buffers import IDLE_BYTES_MAX, BufferPool
 from emberfs.fabric.region import Region, Slice
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import KiB, MiB
+from emberfs.proto.ids import MS, SECOND, KiB, MiB
 
 
 def overlaps(a: Slice, b: Slice) -> bool:
@@ -163,3 +163,19 @@ def test_closing_gives_descriptors_back() -> None:
     kept[:] = b"0123456789"  # still mapped while somebody holds a view
     del kept
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_who_waits_for_a_buffer_waits_for_a_bounded_time() -> None:
+    async def scenario() -> None:
+        pool = BufferPool(4 * MiB)
+        held = pool.take(4 * MiB)
+        with pytest.raises(EmberfsError) as caught:
+            await pool.take_within(1 * MiB, 20 * MS)
+        assert caught.value.code is Code.OVERLOADED
+        waiting = asyncio.ensure_future(pool.take_within(1 * MiB, 5 * SECOND))
+        await asyncio.sleep(0)
+        pool.give(held)
+        pool.give(await waiting)
+        assert pool.taken_bytes == 0
+
+    asyncio.run(scenario())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from emberfs.fabric import frame, session
+from emberfs.fabric import frame, session, shared
 from emberfs.fabric.buffers import BufferPool
 from emberfs.fabric.endpoint import parse
 from emberfs.fabric.frame import HEADER_BYTES, Header, Hello, Kind, Registration
@@ -304,6 +304,31 @@ def test_plain_file_is_no_region(tmp_path: Path) -> None:
         assert (await caller.error()).code is Code.INVALID
         caller.sock.close()
 
+    run("shm", scenario)
+
+
+def test_all_regions_of_a_connection_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(b: Bench) -> None:
+        caller = await RawCaller.connect(b)
+        fds = [memfd() for _ in range(3)]
+
+        for region, fd in enumerate(fds, start=1):
+            send_with_fd(caller.sock, register(fd, region), fd)
+        await caller.send(request(FILL, sinks=(3, 0, 100)))
+        problem = await caller.error()
+        assert problem.code is Code.INVALID
+        assert "the limit is 16384 bytes in all regions" in problem.message
+        await caller.send(request(FILL, sinks=(2, 0, 100)))
+        assert (await caller.receive())[0].kind is Kind.REPLY
+        await caller.send(frame.encode_unregister(1) + frame.encode_unregister(3))
+        send_with_fd(caller.sock, register(fds[2], 4), fds[2])  # there is room again
+        await caller.send(request(FILL, sinks=(4, 0, 100)))
+        assert (await caller.receive())[0].kind is Kind.REPLY
+        for fd in fds:
+            os.close(fd)
+        caller.sock.close()
+
+    monkeypatch.setattr(shared, "SHARED_BYTES_MAX", 16384)
     run("shm", scenario)
 
 

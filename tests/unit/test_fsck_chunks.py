@@ -15,7 +15,7 @@ from emberfs.proto.errors import Code
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import SECOND, ChainId, ChunkId, InodeId, TargetId
 from emberfs.proto.meta_calls import Mend
-from emberfs.proto.storage_calls import ChunkRow
+from emberfs.proto.storage_calls import ChunkRow, Leak
 from unit.fsck_world import QUICK, Scene, chain_of
 from unit.meta_world import CHUNK, World, chain, fails, play, snapshot
 
@@ -212,6 +212,24 @@ def test_s1_block_findings_are_reported_if_they_stay() -> None:
         scene.stores.blocks[TargetId(10)] = ("block 0x5 belongs to more than one chunk",)
         texts = await scene.texts()
         assert texts == ["target 10: block 0x5 belongs to more than one chunk"]
+
+    play(main)
+
+
+def test_s1_leaked_blocks_are_freed_and_nothing_else_of_a_store_is_touched() -> None:
+    """Blocks without owner are freed when asked for; one with two owners is left to a person."""
+
+    async def main(world: World) -> None:
+        scene = Scene(world)
+        scene.stores.blocks[TargetId(10)] = ("block 0x5 belongs to more than one chunk",)
+        scene.stores.leaks[TargetId(10)] = Leak(65536, 3)
+        shared = "target 10: block 0x5 belongs to more than one chunk"
+        leaked = "target 10: 3 blocks of 64 KiB are marked and have no owner"
+        assert await scene.texts() == [shared, leaked]
+        assert scene.stores.leaks
+        assert await scene.repaired() == [shared]
+        assert not scene.stores.leaks
+        assert f"repair: {leaked}: free them" in scene.said
 
     play(main)
 

@@ -148,7 +148,7 @@ class Cluster:
                 return ev.Committed(replica.state())
             case ev.Discard():
                 replica.pending = None
-                return ev.Discarded(replica.state()) if effect.last else None
+                return ev.Discarded(replica.state())
             case ev.Forward():
                 self.forward(replica, effect)
             case ev.Pause():

@@ -132,8 +132,8 @@ def test_exactly_once_at_the_head() -> None:
         # the same update again: go on with what is pending
         (state(4, waiting(5)), request(version=5), ["Forward"]),
         # another update of the same number: the predecessor is authoritative
-        (state(4, waiting(5, client=8)), request(version=5), ["Discard", "Prepare"]),
-        (state(4, waiting(5)), request(REPLACE, version=5), ["Discard", "Prepare"]),
+        (state(4, waiting(5, client=8)), request(version=5), ["Prepare"]),
+        (state(4, waiting(5)), request(REPLACE, version=5), ["Prepare"]),
         # replacements have any number
         (state(4), request(REPLACE, version=2), ["Prepare"]),
         (None, request(REPLACE, version=9), ["Prepare"]),
@@ -188,7 +188,7 @@ def test_losing_its_place_ends_an_update_without_success(public: PublicState) ->
 
 def test_no_space_further_down_is_told_unless_someone_may_have_committed() -> None:
     machine = started(view())
-    assert machine.handle(ev.ForwardFailed(1, Code.NO_SPACE, "full"), 0) == [ev.Discard(last=True)]
+    assert machine.handle(ev.ForwardFailed(1, Code.NO_SPACE, "full"), 0) == [ev.Discard()]
     (reply,) = machine.handle(ev.Discarded(state(4)), 0)
     assert reply.code == Code.NO_SPACE
     machine = started(view())
@@ -254,6 +254,24 @@ def test_the_queue_is_first_in_first_out_and_holds_exclude_updates() -> None:
     assert kinds(machine.handle(ev.Abandoned(2), 0)) == ["Prepare"]
     assert machine.handle(ev.Abandoned(3), 0) == []  # its payload is in use: it stays
     assert kinds(machine.handle(ev.Committed(state(6)), 0)) == ["Reply"]
+
+
+def test_a_leftover_is_one_while_somebody_holds_the_chunk() -> None:
+    """Else a recovery counts as complete because a repair stands behind the update that ended."""
+    machine = started(view(public=PublicState.SERVING))
+    assert not machine.has_leftover
+    machine.handle(ev.HoldArrived(9), 0)
+    lost = view(2, public=PublicState.SYNCING, head=False, successor=NOBODY)
+    assert kinds(machine.handle(ev.RoutingChanged(lost), 0)) == [
+        "CancelForward",
+        "Reply",
+        "Granted",
+    ]
+    assert not machine.idle
+    assert machine.has_leftover
+    owned = ChunkMachine(view(successor=NOBODY), state(4, waiting(5)))
+    owned.handle(ev.ResumeArrived(1), 0)
+    assert not owned.has_leftover
 
 
 def test_who_has_gone_before_its_turn_leaves_no_trace() -> None:

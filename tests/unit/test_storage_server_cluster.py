@@ -34,6 +34,7 @@ from emberfs.proto.ids import (
 )
 from emberfs.proto.storage_calls import (
     FLUSH,
+    FLUSH_TARGETS_MAX,
     FSCK,
     LIST,
     READ_BATCH,
@@ -51,6 +52,7 @@ from emberfs.proto.storage_calls import (
 )
 from emberfs.runtime.checksum import crc32c
 from emberfs.runtime.real import RealEnv
+from emberfs.storage import replica as replica_module
 from emberfs.storage.hosted import HostedTarget
 from emberfs.storage.scrub import ScrubSettings
 from emberfs.storage.service import StorageService
@@ -302,6 +304,41 @@ def test_write_read_truncate_remove(tmp_path: Path, transport: str) -> None:
         assert len(await cluster.assert_equal(*cluster.nodes)) == 2
 
     run(tmp_path, body, transport)
+
+
+def test_a_flush_of_too_many_targets_is_refused(tmp_path: Path) -> None:
+    async def body(cluster: ClusterUnderTest) -> None:
+        peer = await cluster.peers.get(cluster.records[NodeId(2)].endpoints)
+        request = FLUSH.encode_request(FlushRequest((TargetId(201),) * (FLUSH_TARGETS_MAX + 1)))
+        with pytest.raises(EmberfsError) as failure:
+            await peer.call(FLUSH.number, request, timeout_ns=3 * SECOND)
+        assert failure.value.code == Code.MALFORMED
+        assert str(FLUSH_TARGETS_MAX) in failure.value.message
+
+    run(tmp_path, body)
+
+
+def test_who_wants_a_chunk_to_stand_still_waits_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update may wait for its successor as long as an outage lasts; recovery says so instead."""
+    monkeypatch.setattr(replica_module, "HOLD_NS", 50_000_000)
+
+    async def body(cluster: ClusterUnderTest) -> None:
+        replica = cluster.nodes[0].hosted.replica
+        assert replica is not None
+        async with replica.hold(chunk_of(0)):
+            with pytest.raises(EmberfsError) as failure:
+                async with replica.hold(chunk_of(0)):
+                    pass
+            assert failure.value.code == Code.BUSY
+            with pytest.raises(EmberfsError):
+                await replica.settled()
+        async with replica.hold(chunk_of(0)):
+            pass
+        assert replica.active_count == 0
+
+    run(tmp_path, body)
 
 
 def test_a_retry_is_answered_and_not_repeated(tmp_path: Path) -> None:
