@@ -6,6 +6,7 @@ page cache; `sync` is flush_wal(True), which releases the GIL, so many commits s
 
 import errno
 import os
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
@@ -26,6 +27,8 @@ from emberfs.kv.store import Change, Range, Row
 from emberfs.kv.view import StableView, Views
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MiB
+
+STALL_POLL_S = 0.001
 
 
 class RocksStore:
@@ -53,6 +56,7 @@ class RocksStore:
         self._views = Views()
         self._no_sync = WriteOptions()
         self._no_sync.sync = False
+        self._no_sync.no_slowdown = True
         try:
             _make_durable_directory(path)
         except OSError as problem:
@@ -100,23 +104,30 @@ class RocksStore:
         """Apply atomically: the clears first, then the changes."""
         self._refuse_if_broken()
         changes = list(changes)
-        batch = WriteBatch(raw_mode=True)
-        for start, stop in clears:
-            batch.delete_range(start, stop)
-        for key, value in changes:
-            if value is None:
-                batch.delete(key)
-            else:
-                batch.put(key, value)
         with self._views.lock:
             self._reopen_if_full()
             self._views.save(self, changes, clears)
             try:
-                self._db.write(batch, self._no_sync)
+                self._put(changes, clears)
             except Exception as problem:
                 found = _explained(f"{self.path}: write failed", problem)
                 self._full = found if found.code == Code.NO_SPACE else None
                 raise found from None
+
+    def _put(self, changes: Sequence[Change], clears: Sequence[Range]) -> None:
+        """Write, behind a backlog as well; but behind a flush that found the disk full RocksDB
+        would wait for ever.
+        """
+        while True:
+            try:
+                self._db.write(_batch(changes, clears), self._no_sync)
+                return
+            except Exception as problem:
+                if "write stall" not in str(problem).lower():
+                    raise
+            if self._db.property_int_value("rocksdb.background-errors"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            time.sleep(STALL_POLL_S)
 
     def sync(self) -> None:
         """Make all earlier writes stable. Blocks, without the GIL.
@@ -178,6 +189,18 @@ class RocksStore:
     def _refuse_if_broken(self) -> None:
         if self._broken is not None:
             raise EmberfsError(self._broken.code, self._broken.message)
+
+
+def _batch(changes: Sequence[Change], clears: Sequence[Range]) -> WriteBatch:
+    batch = WriteBatch(raw_mode=True)
+    for start, stop in clears:
+        batch.delete_range(start, stop)
+    for key, value in changes:
+        if value is None:
+            batch.delete(key)
+        else:
+            batch.put(key, value)
+    return batch
 
 
 def _scan(source: Rdict, start: bytes, stop: bytes, limit: int, reverse: bool) -> list[Row]:

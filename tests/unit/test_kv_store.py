@@ -290,3 +290,13 @@ def test_rocks_sync_releases_the_interpreter(tmp_path: Path) -> None:
     thread.join(timeout=5)
     assert not thread.is_alive()
     store.close()
+
+
+def test_rocks_writes_wait_behind_a_backlog(tmp_path: Path) -> None:
+    """A stall of RocksDB is waited out here: left to itself it never ends on a full disk."""
+    store = RocksStore(str(tmp_path / "kv"), write_buffer_bytes=1 << 16)
+    noise = random.Random(1).randbytes(2000)
+    for i in range(6000):
+        store.write([(b"k%06d" % (i * 7919 % 6000), noise)])
+    assert len(store.scan(b"k", b"l")) == 6000
+    store.close()
