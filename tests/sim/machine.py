@@ -35,6 +35,7 @@ class Machine:
         self.offset_ns = dice.randint(1, 10**6) * SECOND
         self.wall_step_ns = 0
         self.failure: str = ""
+        self.stalled = ""  # name of the disk work that stands still, where a script stops it
 
     @property
     def running(self) -> bool:
@@ -121,6 +122,9 @@ class SimEnv:
             delay_ns += machine.dice.randint(0, 20 * MS)
         first = machine.dice.random()
         cancelled = await self._pause(delay_ns * first)
+        name = getattr(getattr(work, "func", work), "__name__", "")
+        while machine.stalled == name:
+            cancelled = await self._pause(10 * MS) or cancelled
         try:
             return work()
         finally:

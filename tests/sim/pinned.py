@@ -2,6 +2,14 @@
 
 # The situation (situations.py) that a mutation does not survive.
 DIRECTED: dict[str, str] = {
+    "no_room_for_a_commit_is_a_refusal": "the_middle_has_no_room_to_commit",
+    "removed_chunks_forget_their_writers": "a_write_comes_again_after_a_removal",
+    "leftovers_give_way_to_new_writes": "a_head_is_back_with_a_write_and_gets_another",
+    "older_updates_are_not_waited_for": "a_recovery_begins_while_a_slow_disk_writes",
+    "a_blank_disk_is_forgotten_by_a_restart": "an_empty_disk_returns_twice",
+    "given_up_writes_may_come_late": "a_write_comes_after_its_client_has_given_it_up",
+    "a_leader_believes_its_lease_longer": "the_leader_cannot_reach_the_store",
+    "logged_data_goes_before_its_place_is_stable": "power_fails_when_logged_data_is_put_in_place",
     "acknowledged_before_successor": "a_write_waits_between_head_and_middle",
     "any_replica_revives_a_chain": "a_replica_that_missed_writes_returns_first",
     "blank_disk_stands_in": "an_empty_disk_returns_first_of_all",
