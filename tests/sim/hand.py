@@ -4,9 +4,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from emberfs.client.chunkread import jobs_of
+from emberfs.client.chunkwrite import Update
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Layout
-from emberfs.proto.ids import CHUNK_BYTES_MIN, SECOND, ChainId, InodeId, NodeId
+from emberfs.proto.ids import CHUNK_BYTES_MIN, SECOND, ChainId, InodeId, NodeId, pack_chunk_id
+from emberfs.proto.storage_calls import UpdateKind
 from sim.cluster import World
 from sim.history import Op
 from sim.machine import Machine
@@ -49,11 +51,11 @@ class Hand:
         ))  # fmt: skip
 
     async def remove(self, place: Place, timeout_s: float = 30) -> str:
-        """Remove and record; the outcome."""
+        """Remove by one update and record; the outcome."""
         op = self._begin("remove", place)
-        return await self._end(op, lambda io: io.remove_chunks(
-            place.inode, place.layout, 0, int(timeout_s * SECOND)
-        ))  # fmt: skip
+        chunk = pack_chunk_id(place.inode, 0)
+        update = Update(place.layout.chains[0], chunk, UpdateKind.REMOVE, 0, 0, CHUNK_BYTES_MIN)
+        return await self._end(op, lambda io: io._writer.update(update, int(timeout_s * SECOND)))
 
     async def read(self, place: Place, timeout_s: float = 30, at: Machine | None = None) -> str:
         """Read a chunk whole and record; the outcome. `at`: whom to ask first."""

@@ -39,6 +39,7 @@ class Machine:
         self.will = ""  # of the process, see env.Env.bequeath
         self.heir: Callable[[SimEnv, str], Coroutine[Any, Any, None]] | None = None
         self.heir_share = 0.0  # of the deaths after which the will is carried out
+        self.stalled = ""  # name of the disk work that stands still, where a script stops it
 
     @property
     def running(self) -> bool:
@@ -149,6 +150,9 @@ class SimEnv:
             delay_ns += machine.dice.randint(0, 20 * MS)
         first = machine.dice.random()
         cancelled = await self._pause(delay_ns * first)
+        name = getattr(getattr(work, "func", work), "__name__", "")
+        while machine.stalled == name:
+            cancelled = await self._pause(10 * MS) or cancelled
         try:
             return work()
         finally:

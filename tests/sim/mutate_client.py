@@ -7,7 +7,7 @@ import msgspec
 
 from emberfs.client import chunkread, chunkwrite
 from emberfs.client.agent import Agent
-from emberfs.client.chunkwrite import ChunkWriter
+from emberfs.client.chunkwrite import Channels, ChunkWriter
 from emberfs.client.routing import Routing
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ChainVersion
@@ -161,3 +161,15 @@ def checksums_of_answers_are_ignored(patch: Patch) -> None:
         return take
 
     patch.wrap(chunkread, "_take_results", make)
+
+
+@mutation("messages", "late write")
+def given_up_writes_may_come_late(patch: Patch) -> None:
+    """After a write that failed the next one of the chunk uses any channel."""
+
+    def keep(self: Any, chunk: Any, channel: int) -> None:
+        self._free.insert(0, channel)
+        self._free.append(self._next)
+        self._next += 1
+
+    patch.set(Channels, "keep", keep)

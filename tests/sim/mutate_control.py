@@ -7,7 +7,7 @@ import msgspec
 
 from emberfs.mgmtd import chain as chains
 from emberfs.mgmtd import membership
-from emberfs.mgmtd.election import Election
+from emberfs.mgmtd.election import Election, ElectionTiming
 from emberfs.mgmtd.events import Persist
 from emberfs.mgmtd.manager import Manager
 from emberfs.mgmtd.membership import Membership
@@ -181,3 +181,9 @@ def snapshots_share_a_version(patch: Patch) -> None:
         return effects
 
     patch.wrap(Membership, "_effects", make)
+
+
+@mutation("managers", VERSIONS)
+def a_leader_believes_its_lease_longer(patch: Patch) -> None:
+    """It answers for two leases after its last renewal."""
+    patch.set(ElectionTiming, "answer_ns", property(lambda self: 2 * self.lease_ns))

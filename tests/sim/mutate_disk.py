@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from emberfs.storage import chunks, content, table
+from emberfs.storage import chunks, content, flush, table
 from emberfs.storage.blocks import BlockFiles
 from emberfs.storage.chunks import ChunkStore
 from emberfs.storage.flush import Flusher
@@ -264,3 +264,19 @@ def long_writes_are_cut(patch: Patch) -> None:
         return stage
 
     patch.wrap(Preparer, "stage", make)
+
+
+@mutation("blackout", CUT)
+def logged_data_goes_before_its_place_is_stable(patch: Patch) -> None:
+    """A flush deletes logged updates that it has just put in place."""
+
+    def make(original: Any) -> Any:
+        def forget(self: Any, epoch: int, done: Any) -> None:
+            logs = [log for log in self._table.redo.values() if log.versions]
+            for log in logs:
+                self._apply(flush._Captured(log, log.versions[-1], dict(log.overlay)))
+            original(self, epoch, [(log, log.applied_versions()) for log in logs])
+
+        return forget
+
+    patch.wrap(Flusher, "_forget", make)

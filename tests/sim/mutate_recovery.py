@@ -172,3 +172,23 @@ def wrong_chunk_is_sent(patch: Patch) -> None:
         return send
 
     patch.wrap(filling.Sender, "send_committed", make)
+
+
+@mutation("hot recovery, losses", WRONG)
+def older_updates_are_not_waited_for(patch: Patch) -> None:
+    """A recovery begins while updates of the chain of before are still in work."""
+
+    async def settled(self: Any) -> None:
+        pass
+
+    patch.set(TargetReplica, "settled", settled)
+
+
+@mutation("losses", WRONG)
+def a_blank_disk_is_forgotten_by_a_restart(patch: Patch) -> None:
+    """A directory that was never filled counts as complete once it has a format."""
+
+    def note_blank(env: Any, path: str) -> bool:
+        return not env.disk.exists(f"{path}/format")
+
+    patch.set(hosted, "note_blank", note_blank)

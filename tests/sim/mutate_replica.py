@@ -260,3 +260,45 @@ def tail_answers_what_is_pending(patch: Patch) -> None:
 def reborn_chunks_are_mistaken(patch: Patch) -> None:
     """A version number of before a removal is taken for one of after it."""
     patch.set(TargetReplica, "life_of", lambda self, chunk: (None, 0))
+
+
+@mutation("disk", WRONG)
+def no_room_for_a_commit_is_a_refusal(patch: Patch) -> None:
+    """NO_SPACE of a commit goes back as one of a prepare: nobody further down has the update."""
+    patch.set(ChunkMachine, "_may_be_elsewhere", lambda self, operation: False)
+
+
+@mutation("messages, late messages", WRONG)
+def removed_chunks_forget_their_writers(patch: Patch) -> None:
+    """Nothing is remembered of who wrote a chunk that was removed."""
+    patch.set(ChunkMachine, "_bury", lambda self, operation, before: None)
+
+
+@mutation("aimed", WRONG)
+def leftovers_give_way_to_new_writes(patch: Patch) -> None:
+    """A head overwrites a pending version that it finds, though others may have committed it."""
+
+    async def nothing(self: Any, chunk: Any) -> None:
+        pass
+
+    def make(original: Any) -> Any:
+        def begin(self: Any, operation: Any, request: Any, effects: list[Any]) -> None:
+            state, leftover = self.state, self.state is not None and self.state.pending is not None
+            if leftover:
+                self.state = _Committed(state)
+                effects.append(ev.Discard(last=False))
+            original(self, operation, request, effects)
+
+        return begin
+
+    patch.set(TargetReplica, "_finish_quietly", nothing)
+    patch.wrap(ChunkMachine, "_begin_client", make)
+
+
+class _Committed:
+    """A chunk's state without what is pending."""
+
+    pending = None
+
+    def __init__(self, state: Any) -> None:
+        self.version, self.length, self.remembered = state.version, state.length, state.remembered

@@ -90,7 +90,7 @@ class Nemesis:
         for link in world.network.links.values():
             link.cut, link.slow_factor = False, 1.0
         for machine in world.machines.values():
-            faults = machine.disk.faults
+            faults, machine.stalled = machine.disk.faults, ""
             faults.full, faults.slow_factor, faults.die_after = False, 1.0, -1
             faults.write_error_share = faults.read_error_share = faults.sync_error_share = 0.0
             if machine.process is not None and machine.process.paused:

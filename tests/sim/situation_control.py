@@ -84,3 +84,13 @@ async def news_of_before_arrive_after_those_of_now(scene: Scene) -> None:
     tap.release()
     await asyncio.sleep(1)
     assert PublicState.SERVING in scene.states().values()
+
+
+@situation(errors=True)
+async def the_leader_cannot_reach_the_store(scene: Scene) -> None:
+    """Another leads after a lease: by then the first one must have stopped."""
+    leader, hand = _leader(scene), scene.hand()
+    async with scene.cut([leader], [scene.world.kv]):
+        await asyncio.sleep(6)
+        assert _leader(scene) is not leader
+        assert await hand.write(hand.place(), 0, 4096) == "ok"

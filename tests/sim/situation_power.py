@@ -133,3 +133,15 @@ async def power_fails_after_a_flush(scene: Scene) -> None:
     for machine in scene.world.storage:
         assert await hand.read(place, at=machine) == "ok"
         assert await hand.read(hand.place(1), at=machine) == "ok"
+
+
+@situation(errors=True)
+async def power_fails_when_logged_data_is_put_in_place(scene: Scene) -> None:
+    """A flush has deleted what it could from the log, and what it wrote is not stable yet."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 4096, 512) == "ok"
+    assert await hand.flush(place) == "ok"
+    await _cut(scene, ROWS_ONLY)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"

@@ -271,6 +271,45 @@ async def an_empty_disk_returns_first_of_all(scene: Scene) -> None:
     assert await hand.read(place) == "ok"
 
 
+@situation(errors=True)
+async def an_empty_disk_returns_twice(scene: Scene) -> None:
+    """Its process was restarted before it was filled: it is as empty as before."""
+    hand, head = scene.hand(), scene.head
+    place = hand.place()
+    assert await hand.write(place, 0, 4096) == "ok"
+    await scene.bury(*scene.world.storage)
+    head.disk.wipe()
+    for _ in range(2):
+        scene.revive(head)
+        await asyncio.sleep(4)
+        head.kill()
+    scene.revive(head)
+    await asyncio.sleep(4)
+    for machine in scene.world.storage[1:]:
+        scene.revive(machine)
+    await asyncio.sleep(1)
+    await scene.all_serve()
+    assert await hand.read(place) == "ok"
+
+
+@situation(errors=True)
+async def a_recovery_begins_while_a_slow_disk_writes(scene: Scene) -> None:
+    """The tail began an update when it had no successor: it forwards it to nobody."""
+    middle, hand, reader = scene.world.storage[1], scene.hand(0), scene.hand(1)
+    place = hand.place(0)
+    assert await hand.write(place, 0, 4096) == "ok"
+    await _tail_misses(scene, hand, hand.place(1))
+    middle.stalled = "prepare_and_commit"
+    writing = asyncio.ensure_future(hand.write(place, 0, 1000))  # merged with old content
+    await asyncio.sleep(0.1)
+    scene.revive(scene.tail)
+    await asyncio.sleep(3)
+    middle.stalled = ""
+    assert await writing == "ok"
+    await scene.all_serve()
+    assert await reader.read(place, at=scene.tail) == "ok"
+
+
 @situation()
 async def a_replica_is_away_for_long(scene: Scene) -> None:
     """The others go on without it after a lease, and fill it when it is back."""

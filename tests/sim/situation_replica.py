@@ -3,7 +3,7 @@
 import asyncio
 
 from emberfs.proto.storage_calls import UPDATE, VERSION
-from sim.scenario import Scene
+from sim.scenario import BlameError, Scene
 from sim.situations import situation
 
 
@@ -187,3 +187,80 @@ async def a_chunk_is_made_anew_while_the_tail_answers(scene: Scene) -> None:
     assert await other.read(place, at=tail) == "ok"
     forward.release()
     assert await writing == "ok"
+
+
+@situation()
+async def a_write_comes_again_after_a_removal(scene: Scene) -> None:
+    """The network repeats the write of a chunk that is gone, and of one that was made anew."""
+    hand = scene.hand()
+    gone, anew = hand.place(0), hand.place(1)
+    copies = scene.tap(UPDATE.number, [hand.machine], [scene.head], copies=True)
+    for place in (gone, anew):
+        assert await hand.write(place, 0, 4096) == "ok"
+        assert await hand.read(place) == "ok"
+        assert await hand.remove(place) == "ok"
+    assert await hand.write(anew, 0, 100) == "ok"
+    for message, send in copies.held:
+        if UPDATE.decode_request(message.body).length == 4096:
+            send()
+    copies.lose()
+    await asyncio.sleep(0.2)
+    for place in (gone, anew):
+        assert await hand.read(place) == "ok"
+
+
+@situation(errors=True)
+async def a_write_comes_after_its_client_has_given_it_up(scene: Scene) -> None:
+    """The same client has written something else since, which must stay."""
+    hand = scene.hand()
+    place = hand.place()
+    assert await hand.write(place, 0, 4096) == "ok"
+    tap = scene.tap(UPDATE.number, [hand.machine], [scene.head])
+    assert await hand.write(place, 0, 4096, 0.5) == "unknown"
+    tap.open = True
+    assert await hand.write(place, 0, 4096) == "ok"
+    before = scene.contents(place)
+    tap.release()
+    await asyncio.sleep(0.5)
+    if scene.contents(place) != before:
+        raise BlameError("late write", "a write that was given up has overwritten a newer one")
+
+
+@situation(errors=True)
+async def the_middle_has_no_room_to_commit(scene: Scene) -> None:
+    """The tail has committed already: nobody may give the update up."""
+    head, middle, tail = scene.world.storage
+    writer, reader = scene.hand(0), scene.hand(1)
+    place = writer.place()
+    assert await writer.write(place, 0, 4096) == "ok"
+    tap = scene.tap(UPDATE.number, [tail], [middle], answers=True)
+    writing = asyncio.ensure_future(writer.write(place, 0, 4096, 15))
+    await scene.until(lambda: bool(tap.held), 5)
+    middle.disk.faults.full = True
+    tap.release()
+    await asyncio.sleep(0.5)
+    assert await reader.read(place, at=tail) == "ok"
+    await reader.read(place, 3, at=head)
+    middle.disk.faults.full = False
+    await writing
+    assert await reader.read(place, at=head) == "ok"
+
+
+@situation(errors=True)
+async def a_head_is_back_with_a_write_and_gets_another(scene: Scene) -> None:
+    """What it finds pending was committed and seen: the new write goes on top of it."""
+    head, middle, tail = scene.world.storage
+    writer, reader = scene.hand(0), scene.hand(1)
+    place = writer.place()
+    assert await writer.write(place, 0, 4096) == "ok"
+    tap = scene.tap(UPDATE.number, [middle], [head], answers=True)
+    assert await writer.write(place, 0, 4096, 0.5) == "unknown"
+    assert await reader.read(place, at=tail) == "ok"
+    head.kill()
+    tap.lose()
+    await asyncio.sleep(0.3)
+    scene.revive(head)
+    await asyncio.sleep(1)
+    assert await reader.write(place, 2000, 100) == "ok"
+    for machine in (head, middle, tail):
+        assert await reader.read(place, at=machine) == "ok"
