@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sim.nemesis import MOODS
-from sim.run import Outcome, simulate
+from sim.run import ALL_MOODS, Outcome, simulate
 
 SECONDS = 12.0
 _MISSING = object()
@@ -128,7 +127,7 @@ def mutation(
 def run_mutation(found: Mutation, seed: int, mood: str) -> Outcome:
     """Simulate a seed with the code broken."""
     with found.applied():
-        return simulate(seed, MOODS[mood], seconds=found.seconds)
+        return simulate(seed, ALL_MOODS[mood], seconds=found.seconds)
 
 
 def load() -> dict[str, Mutation]:
@@ -154,7 +153,10 @@ def _search(found: Mutation, tries: int, enough: int) -> None:
             hits += sign == "noticed"
             took = time.process_time() - one
             print(f"  {found.name}: {sign} seed {seed} {mood} {took:.1f} s {rules}", flush=True)
-            if sign == "noticed" and simulate(seed, MOODS[mood], seconds=found.seconds).violations:
+            if (
+                sign == "noticed"
+                and simulate(seed, ALL_MOODS[mood], seconds=found.seconds).violations
+            ):
                 print(f"  UNBROKEN CODE FAILS: seed {seed} {mood} {found.seconds}", flush=True)
                 hits -= 1
             if hits >= enough:
