@@ -120,7 +120,7 @@ def test_settle_takes_the_longest_length_of_this_truncate_version() -> None:
         assert (cut.length, cut.truncate_version) == (10, 1)
         assert (await w.settle(f.id, length=1000, truncate_version=0)).length == 10  # stale
         assert (await w.settle(f.id, length=30, truncate_version=1)).length == 30
-        grown = await w.setattr(f.id, length=5000)
+        grown = await w.setattr(f.id, length=5000, session=1)
         assert (grown.length, grown.truncate_version) == (5000, 1)
         timed = await w.settle(f.id, mtime_ns=7, atime_ns=8)
         assert (timed.mtime_ns, timed.atime_ns, timed.length) == (7, 8, 5000)
@@ -159,7 +159,7 @@ def test_truncate_cuts_chunks(length: int, left: dict[int, int], asked: list[obj
         f = await w.create(b"f")
         w.chunks.put(f.id, CHUNK, CHUNK, 100)
         await w.settle(f.id, length=2 * CHUNK + 100)
-        await w.setattr(f.id, length=length)
+        await w.setattr(f.id, length=length, session=1)
         assert w.chunks.of(f.id) == left
         assert [(entry[0], *entry[2:]) for entry in w.chunks.log] == asked
         assert w.rows(keys.Prefix.TRIM) == []
@@ -172,7 +172,7 @@ def test_opening_with_truncation(how: str) -> None:
     async def scene(w: World) -> None:
         f = await w.create(b"f")
         w.chunks.put(f.id, CHUNK)
-        await w.settle(f.id, length=CHUNK)
+        await w.settle(f.id, length=CHUNK, close=True)
         if how == "open":
             opened = await w.open_file(f.id, 5, write=True, truncate=True)
         else:
@@ -182,6 +182,27 @@ def test_opening_with_truncation(how: str) -> None:
         again = await w.create(b"f", session=5, truncate=True)
         assert again.truncate_version == 1  # nothing to cut: no chunk is touched
         assert len(w.chunks.log) == 1
+
+    play(scene)
+
+
+@pytest.mark.parametrize("how", ["setattr", "open", "create"])
+def test_o2_o17_a_cut_takes_what_a_writer_elsewhere_never_told(how: str) -> None:
+    """Truncating a file also removes what another writer, perhaps dead, wrote behind its end."""
+
+    async def scene(w: World) -> None:
+        f = await w.create(b"f")
+        w.chunks.put(f.id, CHUNK, 100)  # written, and its length not settled yet
+        wanted = {"setattr": 10, "open": 0, "create": 0}[how]
+        if how == "setattr":
+            cut = await w.setattr(f.id, length=wanted)
+        elif how == "open":
+            cut = await w.open_file(f.id, 5, write=True, truncate=True)
+        else:
+            cut = await w.create(b"f", session=5, truncate=True)
+        assert w.chunks.of(f.id) == ({0: wanted} if wanted else {})
+        assert (await w.settle(f.id, length=CHUNK + 100)).length == wanted  # too late
+        assert (cut.length, cut.truncate_version) == (wanted, 1)
 
     play(scene)
 
