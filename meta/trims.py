@@ -1,8 +1,9 @@
 """Cutting the chunks of files that shrank.
 
 Crash windows: the new length and the trim record are one transaction; chunks are cut only when it
-is on stable storage; the record goes last. Whenever the server dies, the trim is found again at the
-next start and repeated (cutting twice is harmless).
+is on stable storage; the record goes last, for good, before anybody is answered: a power cut that
+brought it back would repeat the cut on what was written since. Whenever the server dies before, the
+trim is found again at the next start and repeated.
 
 While a trim is pending, whoever would open the file, extend it or settle a length waits for it:
 otherwise the cut could take data that was written after the file shrank.
@@ -165,7 +166,7 @@ class Trims:
             if await txn.get(key) == value:  # else it shrank again: cut once more
                 txn.clear(key)
 
-        await self._engine.run(forget)
+        await self._engine.run(forget, durable=True)
 
     async def _live(self) -> None:
         backoff = Backoff(100 * MS, SCAN_NS)

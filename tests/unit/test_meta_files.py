@@ -207,6 +207,26 @@ def test_o2_o17_a_cut_takes_what_a_writer_elsewhere_never_told(how: str) -> None
     play(scene)
 
 
+def test_o6_r12_a_power_cut_does_not_repeat_a_finished_cut() -> None:
+    """What is written after a truncation was answered stays, also when the power fails then."""
+
+    async def scene(w: World) -> None:
+        f = await w.create(b"f")
+        w.chunks.put(f.id, CHUNK)
+        await w.settle(f.id, length=CHUNK)
+        await w.setattr(f.id, length=0, session=1)
+        w.chunks.put(f.id, 500)
+        await w.context.close()
+        w.store.crash()  # type: ignore[attr-defined]
+        w.boot()
+        await w.open()
+        w.context.start()
+        await w.open_file(f.id, 6)  # would wait for a cut
+        assert w.chunks.of(f.id) == {0: 500}
+
+    play(scene)
+
+
 def test_o6_unfinished_trim_is_resumed_after_a_restart() -> None:
     """A truncation that a restart interrupted is finished."""
 
