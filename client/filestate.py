@@ -136,7 +136,9 @@ class FileState:
     async def _settle(self, session: SessionId, *, close: bool, durable: bool) -> None:
         for _ in range(SETTLE_TRIES):
             version, stop = self.truncate_version, self._told_stop()
-            length = stop if self._unsettled_stop or stop > self.server_length else None
+            # What was told before and not durably, a power cut of meta may have undone: tell again.
+            told = not (durable or self._unsettled_stop or stop > self.server_length)
+            length = None if told else stop
             mark, self._unsettled_stop = self._unsettled_stop, 0
             mtime_ns, self.mtime_ns = self.mtime_ns, None
             try:
@@ -157,14 +159,21 @@ class FileState:
             self.settled_ns = self._env.now_ns()
             if durable and self.truncate_version == version:
                 self._durable_length = max(self._durable_length, stop, answer.length)
-            if answer.truncate_version > version and length is not None:
+            gone = close and not answer.nlink
+            if answer.truncate_version > version and length is not None and not gone:
                 self._unsettle(version, mark, None)
                 self.note(answer)
-                if close:
-                    return
+                continue
+            if answer.truncate_version < version and not gone:
+                self._cut_was_undone(answer)
                 continue
             self.note(answer)
             return
+
+    def _cut_was_undone(self, answer: Inode) -> None:
+        """Meta had told of a cut that was not stable, and its power failed."""
+        self.truncate_version = answer.truncate_version
+        self.server_length = answer.length
 
     def _told_stop(self) -> int:
         return min(self.buffer.committed_prefix(), self.buffer.committed_stop, self.written_stop)
