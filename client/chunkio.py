@@ -142,6 +142,21 @@ class ChunkIO:
                 start = row.chunk + b"\0"
         return end
 
+    async def inodes_on(
+        self, chain: ChainId, first: InodeId, stop: InodeId, timeout_ns: int = TIMEOUT_NS
+    ) -> list[InodeId]:
+        """Return the inodes of [first, stop) that have chunks on a chain."""
+        found: list[InodeId] = []
+        end = file_chunk_range(stop, 0)[0]
+        while first < stop:
+            start = file_chunk_range(first, 0)[0]
+            rows = await self._writer.rows(chain, start, end, LIST_ROWS, timeout_ns)
+            if not rows:
+                break
+            found += sorted({unpack_chunk_id(row.chunk)[0] for row in rows})
+            first = InodeId(found[-1] + 1)
+        return found
+
     async def flush(self, chains: Iterable[ChainId], timeout_ns: int = TIMEOUT_NS) -> None:
         """Everything committed on these chains is on stable storage of every replica on return."""
         await self._writer.flush(sorted(set(chains)), timeout_ns)

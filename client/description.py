@@ -231,6 +231,9 @@ class OpenFile:
     def _check_write(self) -> None:
         if not self.writable or self.closed:
             raise EmberfsError(Code.BAD_HANDLE, "file is not open for writing")
+        gone = self._state.gone
+        if gone is not None:
+            raise EmberfsError(Code.STALE, f"the file is lost: {gone.message}")
         self._raise_late_error()
 
     def _raise_late_error(self, *, told: bool = True) -> None:

@@ -17,6 +17,7 @@ from emberfs.client.metadata import Metadata
 from emberfs.client.rangelock import END, RangeLock
 from emberfs.client.readcache import ReadCache
 from emberfs.client.writebuffer import WriteBuffer
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import InodeId, SessionId
 from emberfs.runtime.env import Env
@@ -53,6 +54,7 @@ class FileState:
         self.asked_ns = env.now_ns()  # when meta last told the length
         self.settled_ns = env.now_ns()
         self.written_stop = 0
+        self.gone: EmberfsError | None = None  # meta knows the file no more: nobody would read it
         self.mtime_ns: int | None = None  # of own writes that meta does not know of
         self._unsettled_stop = 0  # end of own writes since the last settlement began
         self._durable_length = -1  # what a durable settlement has confirmed
@@ -151,8 +153,10 @@ class FileState:
                     close=close,
                     durable=durable,
                 )
-            except BaseException:
+            except BaseException as problem:
                 self._unsettle(version, mark, mtime_ns)
+                if isinstance(problem, EmberfsError) and problem.code == Code.NOT_FOUND:
+                    self.gone = problem
                 raise
             if stop < mark:  # the rest of it is still on its way to storage
                 self._unsettle(version, mark, None)

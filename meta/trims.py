@@ -19,7 +19,7 @@ from emberfs.meta import schema
 from emberfs.meta.metrics import TRIMS_PENDING
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Inode, Layout
-from emberfs.proto.ids import MS, SECOND, InodeId
+from emberfs.proto.ids import MS, SECOND, ChainId, InodeId
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
 from emberfs.runtime.tasks import TaskSet
@@ -51,6 +51,12 @@ class Chunks(Protocol):
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
     ) -> int:
         """Return where the last chunk from `first_index` on ends, in the file; 0: no chunk."""
+        ...
+
+    async def inodes_on(
+        self, chain: ChainId, first: InodeId, stop: InodeId, timeout_ns: int
+    ) -> list[InodeId]:
+        """Return the inodes of [first, stop) that have chunks on a chain."""
         ...
 
 

@@ -96,6 +96,12 @@ class FakeChunks:
         found = {i: n for i, n in self.of(inode).items() if i >= first_index}
         return max((i * layout.chunk_bytes + n for i, n in found.items()), default=0)
 
+    async def inodes_on(
+        self, chain: int, first: InodeId, stop: InodeId, timeout_ns: int
+    ) -> list[InodeId]:
+        await self._pass()
+        return sorted({InodeId(inode) for inode, _ in self.chunks if first <= inode < stop})
+
 
 def chain(number: int, *states: PublicState) -> Chain:
     targets = tuple(
