@@ -57,6 +57,7 @@ class FileState:
         self.gone: EmberfsError | None = None  # meta knows the file no more: nobody would read it
         self.mtime_ns: int | None = None  # of own writes that meta does not know of
         self._unsettled_stop = 0  # end of own writes since the last settlement began
+        self._settling_stop = 0  # end of own writes that the settlement under way is to tell
         self._durable_length = -1  # what a durable settlement has confirmed
         buffer.on_error = self._on_write_error
 
@@ -76,10 +77,14 @@ class FileState:
         # Another client has cut the file. Our unsettled writes may be later than that: keep them.
         self.truncate_version = inode.truncate_version
         self.server_length = inode.length
-        self.written_stop = max(self._unsettled_stop, self.buffer.pending_stop())
-        self.buffer.committed_stop = self._unsettled_stop
+        self._keep_unsettled(max(self._unsettled_stop, self._settling_stop))
         self._durable_length = -1
         self.invalidate(0, END)
+
+    def _keep_unsettled(self, stop: int) -> None:
+        """Forget own writes that meta has heard of and has cut since."""
+        self.written_stop = max(stop, self.buffer.pending_stop())
+        self.buffer.committed_stop = stop
 
     def merged(self, inode: Inode) -> Inode:
         """The inode with this client's own length and mtime."""
@@ -142,6 +147,7 @@ class FileState:
             told = not (durable or self._unsettled_stop or stop > self.server_length)
             length = None if told else stop
             mark, self._unsettled_stop = self._unsettled_stop, 0
+            self._settling_stop = mark
             mtime_ns, self.mtime_ns = self.mtime_ns, None
             try:
                 answer = await self._metadata.settle(
@@ -154,23 +160,27 @@ class FileState:
                     durable=durable,
                 )
             except BaseException as problem:
-                self._unsettle(version, mark, mtime_ns)
+                self._unsettle(mark, mtime_ns)
                 if isinstance(problem, EmberfsError) and problem.code == Code.NOT_FOUND:
                     self.gone = problem
                 raise
+            finally:
+                self._settling_stop = 0
             if stop < mark:  # the rest of it is still on its way to storage
-                self._unsettle(version, mark, None)
+                self._unsettle(mark, None)
             self.settled_ns = self._env.now_ns()
             if durable and self.truncate_version == version:
                 self._durable_length = max(self._durable_length, stop, answer.length)
             gone = close and not answer.nlink
             if answer.truncate_version > version and length is not None and not gone:
-                self._unsettle(version, mark, None)
+                self._unsettle(mark, None)
                 self.note(answer)
                 continue
             if answer.truncate_version < version and not gone:
                 self._cut_was_undone(answer)
                 continue
+            if answer.truncate_version < self.truncate_version:  # told in time; cut since
+                self._keep_unsettled(self._unsettled_stop)
             self.note(answer)
             return
 
@@ -182,9 +192,8 @@ class FileState:
     def _told_stop(self) -> int:
         return min(self.buffer.committed_prefix(), self.buffer.committed_stop, self.written_stop)
 
-    def _unsettle(self, version: int, mark: int, mtime_ns: int | None) -> None:
-        if self.truncate_version == version:
-            self._unsettled_stop = max(self._unsettled_stop, mark)
+    def _unsettle(self, mark: int, mtime_ns: int | None) -> None:
+        self._unsettled_stop = max(self._unsettled_stop, mark)
         if self.mtime_ns is None:
             self.mtime_ns = mtime_ns
 

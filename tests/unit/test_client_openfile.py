@@ -332,6 +332,27 @@ def test_writes_after_another_client_truncated_are_not_lost():
     run(test)
 
 
+def test_a_cut_that_is_heard_of_while_the_length_is_told_does_not_lose_it():
+    """Meta refuses a length of before the cut; that the cut was known by then changes nothing."""
+
+    async def test(world):
+        file = await make(world.client())
+        world.meta.change(file.inode_id, truncate_version=1, length=10)  # by somebody else
+        tell = file._services.metadata.settle
+
+        async def late(*args, **more):
+            file._services.metadata.settle = tell
+            file.state.note(world.meta.inodes[file.inode_id])
+            return await tell(*args, **more)
+
+        file._services.metadata.settle = late
+        await file.write(0, b"2" * 1000, direct=True)
+        await file.close()
+        assert world.meta.inodes[file.inode_id].length == 1000
+
+    run(test)
+
+
 def test_close_after_another_client_truncated_tells_the_length():
     async def test(world):
         ours, theirs = world.client(7), world.client(8)
