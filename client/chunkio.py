@@ -4,7 +4,7 @@ Reads go to any serving replica (chunkread.py), updates to the head of the chain
 A lost server is invisible here: reads move on, writes wait for the new chain, until `timeout_ns`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from emberfs.client.chunkread import ChunkReader, Job, jobs_of, part_of
@@ -32,6 +32,10 @@ class ChunkIO:
         self._nodes = NodeCalls(env, routing, peers)
         self._reader = ChunkReader(env, routing, self._nodes)
         self._writer = ChunkWriter(env, routing, self._nodes, client_id)
+
+    def guard(self, before_write: Callable[[InodeId], Awaitable[None]]) -> None:
+        """Ask before every try to write a chunk; what is raised counts as the try's failure."""
+        self._writer.before_write = before_write
 
     def close(self) -> None:
         """Stop listening to routing."""

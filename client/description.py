@@ -7,7 +7,7 @@ description that was open when it happened. Order of locks: appending, a range, 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from emberfs.client.chunkio import ChunkIO
@@ -40,6 +40,7 @@ class FileServices:
     read_memory: ReadMemory
     tasks: TaskSet
     durable_close: bool
+    before_read: Callable[[InodeId], Awaitable[None]]  # see fence.py
     forget: Callable[["OpenFile"], None]  # called when a description has ended
 
 
@@ -53,12 +54,14 @@ class OpenFile:
         session: SessionId,
         cache: ReadCache,
         *,
+        caller: Caller,
         readable: bool,
         writable: bool,
         direct: bool,
     ) -> None:
         self.inode_id: InodeId = state.id
         self.session = session
+        self.caller = caller  # who opened it
         self.readable = readable
         self.writable = writable
         self.direct = direct  # every read and write bypasses the buffers (O_DIRECT)
@@ -145,6 +148,7 @@ class OpenFile:
         if offset < 0:
             raise EmberfsError(Code.INVALID, f"offset {offset} is negative")
         state = self._state
+        await self._services.before_read(state.id)
         if offset + length > state.length and length > 0:
             now_ns = self._services.env.now_ns()
             if now_ns - state.asked_ns > LENGTH_AGE_NS:

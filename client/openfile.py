@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from emberfs.client import metrics
 from emberfs.client.chunkio import ChunkIO
 from emberfs.client.description import FileServices, OpenFile
+from emberfs.client.fence import Fence, Membership
 from emberfs.client.filestate import FileState
 from emberfs.client.metadata import NO_SESSION, Metadata
 from emberfs.client.readcache import ReadCache, ReadMemory
@@ -37,7 +38,13 @@ class OpenFiles:
     """All open files of one client process, with one FileState per inode."""
 
     def __init__(
-        self, env: Env, chunkio: ChunkIO, metadata: Metadata, *, durable_close: bool = True
+        self,
+        env: Env,
+        chunkio: ChunkIO,
+        metadata: Metadata,
+        *,
+        durable_close: bool = True,
+        membership: Membership | None = None,
     ) -> None:
         """`durable_close`: closing a written file makes it stable (DESIGN section 5)."""
         self.env = env
@@ -48,8 +55,18 @@ class OpenFiles:
         self._states: dict[InodeId, FileState] = {}
         self._files: set[OpenFile] = set()
         self._tasks = TaskSet()
+        self._fence = Fence(membership, self._reopen)
+        if membership is not None:
+            chunkio.guard(self._fence.before_write)
         self._services = FileServices(
-            env, chunkio, metadata, self.read_memory, self._tasks, durable_close, self._forget
+            env,
+            chunkio,
+            metadata,
+            self.read_memory,
+            self._tasks,
+            durable_close,
+            self._fence.before_read,
+            self._forget,
         )
         self._ticking = False
 
@@ -82,7 +99,7 @@ class OpenFiles:
         except BaseException as problem:
             self._abandon(inode, session, problem)
             raise
-        return self._opened(found, session, read=read, write=write, direct=direct)
+        return self._opened(caller, found, session, read=read, write=write, direct=direct)
 
     async def create(
         self,
@@ -114,7 +131,7 @@ class OpenFiles:
 
         state = await self._written_here(caller, parent, name) if truncate else None
         found = await (perform() if state is None else state.cut(0, perform, drop=False))
-        return self._opened(found, session, read=read, write=write, direct=direct)
+        return self._opened(caller, found, session, read=read, write=write, direct=direct)
 
     async def _written_here(self, caller: Caller, parent: InodeId, name: bytes) -> FileState | None:
         """The state of a file that is open here for writing: cutting it must wait its turn."""
@@ -127,7 +144,14 @@ class OpenFiles:
         return self._states.get(found.id)
 
     def _opened(
-        self, inode: Inode, session: SessionId, *, read: bool, write: bool, direct: bool
+        self,
+        caller: Caller,
+        inode: Inode,
+        session: SessionId,
+        *,
+        read: bool,
+        write: bool,
+        direct: bool,
     ) -> tuple[Inode, OpenFile]:
         state = self._states.get(inode.id)
         if state is None:
@@ -137,8 +161,16 @@ class OpenFiles:
             self.env, inode.id, state.layout, self.chunkio, self.read_memory, self._tasks
         )
         file = OpenFile(
-            self._services, state, session, cache, readable=read, writable=write, direct=direct
+            self._services,
+            state,
+            session,
+            cache,
+            caller=caller,
+            readable=read,
+            writable=write,
+            direct=direct,
         )
+        self._fence.watch(inode.id)
         state.references += 1
         state.caches.add(cache)
         if write:
@@ -177,6 +209,26 @@ class OpenFiles:
         state.references -= 1
         if not state.references and self._states.get(state.id) is state:
             del self._states[state.id]
+            self._fence.forget(state.id)
+
+    async def _reopen(self, inode: InodeId) -> None:
+        """Give a file its sessions back, which meta may have ended. STALE if it is gone."""
+        for file in sorted(
+            (f for f in self._files if f.inode_id == inode), key=lambda file: file.session
+        ):  # those that are being closed, too: they still send what is buffered
+            try:
+                await self.metadata.open(
+                    file.caller, inode, file.session, read=file.readable, write=file.writable
+                )
+            except EmberfsError as problem:
+                if problem.code != Code.NOT_FOUND:
+                    raise
+                file.state.gone = problem
+                raise EmberfsError(
+                    Code.STALE, f"the file went while this client was away: {problem.message}"
+                ) from problem
+            if file not in self._files:  # it ended meanwhile: its session must not outlive it
+                self._abandon(inode, file.session, EmberfsError(Code.TIMEOUT))
 
     def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         return self._tasks.spawn(work, name=name)
