@@ -264,7 +264,9 @@ class OpenFile:
             return
         state = self._state
         await state.buffer.drain()
-        if self._services.durable_close and (state.buffer.touched or state.unsettled):
+        if self._services.durable_close and (
+            state.buffer.touched or state.unsettled or state.cut_unstable
+        ):
             await state.fsync(self.session, data_only=True)
         if state.unsettled:
             await state.settle(self.session)
@@ -294,7 +296,7 @@ class OpenFile:
         try:
             if self.writable:
                 await state.buffer.drain()
-                wrote = bool(state.buffer.touched) or state.unsettled
+                wrote = bool(state.buffer.touched) or state.unsettled or state.cut_unstable
                 if wrote and self._services.durable_close:
                     await state.sync_data()
         except EmberfsError as found:

@@ -59,6 +59,7 @@ class FileState:
         self._unsettled_stop = 0  # end of own writes since the last settlement began
         self._settling_stop = 0  # end of own writes that the settlement under way is to tell
         self._durable_length = -1  # what a durable settlement has confirmed
+        self.cut_unstable = False  # our truncation is not known to be on stable storage
         buffer.on_error = self._on_write_error
 
     @property
@@ -170,6 +171,7 @@ class FileState:
                 self._unsettle(mark, None)
             self.settled_ns = self._env.now_ns()
             if durable and self.truncate_version == version:
+                self.cut_unstable = False
                 self._durable_length = max(self._durable_length, stop, answer.length)
             gone = close and not answer.nlink
             if answer.truncate_version > version and length is not None and not gone:
@@ -259,5 +261,6 @@ class FileState:
         self.written_stop = self._unsettled_stop = 0
         self.buffer.committed_stop = 0
         self._durable_length = -1
+        self.cut_unstable = True
         self.mtime_ns = None
         self.invalidate(0, END)

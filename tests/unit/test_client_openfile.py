@@ -367,6 +367,18 @@ def test_close_after_another_client_truncated_tells_the_length():
     run(test)
 
 
+def test_r12_close_makes_a_truncation_stable():
+    """A file that was only truncated is as stable after close as one that was written."""
+
+    async def test(world):
+        file = await make(world.client())
+        await file.truncate(1000, ME)
+        await file.close()
+        assert world.meta.settled[-1].durable
+
+    run(test)
+
+
 @pytest.mark.parametrize("how", ["fsync", "close"])
 def test_r12_a_length_that_a_power_cut_took_from_meta_is_told_again(how):
     """What was told in passing is told again at fsync and close: only then it must be stable."""
