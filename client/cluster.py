@@ -43,7 +43,12 @@ class Cluster:
         self.chunkio = ChunkIO(env, routing, self.peers, client_id)
         self.metadata = Metadata(env, routing, self.peers, client_id)
         self.files = OpenFiles(
-            env, self.chunkio, self.metadata, durable_close=durable_close, membership=agent
+            env,
+            self.chunkio,
+            self.metadata,
+            durable_close=durable_close,
+            membership=agent,
+            routing=routing,
         )
         self._agent = agent
 

@@ -3,14 +3,16 @@
 After lease and grace time the sessions of a client end, and files without a name are collected. A
 process that was frozen or cut off for so long would write chunks that nobody removes any more, and
 read zeros where its data was. So a lease that has run out stops writes until it is renewed, and
-every file is opened anew, under its old session, before it is used again.
+every file is opened anew, under its old session, before it is used again. The same is done when a
+metadata server has begun a new life: a power cut may have taken sessions from it.
 """
 
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from emberfs.proto.cluster import NodeKind, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import InodeId
+from emberfs.proto.ids import InodeId, NodeId
 
 
 class Membership(Protocol):
@@ -32,26 +34,39 @@ class Fence:
         """`reopen` makes the sessions of a file valid; STALE if the file is gone."""
         self._membership = membership
         self._reopen = reopen
-        self._seen: dict[InodeId, int] = {}  # lapses by which the file was known to be there
+        self._metas: dict[NodeId, int] = {}  # lives of the metadata servers, by their incarnation
+        self._restarts = 0
+        self._seen: dict[InodeId, tuple[int, int]] = {}  # when a file was known to be open
+
+    def note_routing(self, snapshot: RoutingSnapshot) -> bool:
+        """Tell whether a metadata server has begun a new life."""
+        metas = {node.id: node.incarnation for node in snapshot.nodes_of(NodeKind.META)}
+        known, self._metas = self._metas, metas
+        again = any(known.get(node, life) != life for node, life in metas.items())
+        self._restarts += again
+        return again
+
+    def _now(self) -> tuple[int, int]:
+        lapses = self._membership.lapses if self._membership is not None else 0
+        return lapses, self._restarts
 
     def watch(self, inode: InodeId) -> None:
         """A file was opened."""
-        if self._membership is not None:
-            self._seen.setdefault(inode, self._membership.lapses)
+        self._seen.setdefault(inode, self._now())
 
     def forget(self, inode: InodeId) -> None:
         """A file has no descriptions any more."""
         self._seen.pop(inode, None)
 
     async def before_read(self, inode: InodeId) -> None:
-        """Return when the file is known to be there; STALE if it is gone."""
-        member = self._membership
-        if member is None:
+        """Return when the file is known to be open at meta; STALE if it is gone."""
+        now = self._now()
+        seen = self._seen.get(inode, now)
+        if seen == now and (self._membership is None or self._membership.is_member()):
             return
-        lapses = member.lapses
-        if self._seen.get(inode, lapses) != lapses or not member.is_member():
-            await self._reopen(inode)
-            self._seen[inode] = lapses
+        await self._reopen(inode)
+        if inode in self._seen:
+            self._seen[inode] = now
 
     async def before_write(self, inode: InodeId) -> None:
         """As before_read; NOT_REGISTERED until the lease is renewed: try again then."""

@@ -13,8 +13,10 @@ from emberfs.client.description import FileServices, OpenFile
 from emberfs.client.fence import Fence, Membership
 from emberfs.client.filestate import FileState
 from emberfs.client.metadata import NO_SESSION, Metadata
+from emberfs.client.nodecalls import RoutingView
 from emberfs.client.readcache import ReadCache, ReadMemory
 from emberfs.client.writebuffer import WriteBuffer, WriteMemory
+from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import MS, SECOND, InodeId, SessionId
@@ -45,8 +47,12 @@ class OpenFiles:
         *,
         durable_close: bool = True,
         membership: Membership | None = None,
+        routing: RoutingView | None = None,
     ) -> None:
-        """`durable_close`: closing a written file makes it stable (DESIGN section 5)."""
+        """`durable_close`: closing a written file makes it stable (DESIGN section 5).
+
+        With `membership` and `routing` sessions that meta may have lost are renewed (fence.py).
+        """
         self.env = env
         self.chunkio = chunkio
         self.metadata = metadata
@@ -58,6 +64,9 @@ class OpenFiles:
         self._fence = Fence(membership, self._reopen)
         if membership is not None:
             chunkio.guard(self._fence.before_write)
+        if routing is not None:
+            self._fence.note_routing(routing.snapshot)
+            routing.subscribe(self._on_routing)
         self._services = FileServices(
             env,
             chunkio,
@@ -210,6 +219,18 @@ class OpenFiles:
         if not state.references and self._states.get(state.id) is state:
             del self._states[state.id]
             self._fence.forget(state.id)
+
+    def _on_routing(self, snapshot: RoutingSnapshot) -> None:
+        if self._fence.note_routing(snapshot) and self._states:
+            self._spawn(self._renew_sessions(), "renew sessions")
+
+    async def _renew_sessions(self) -> None:
+        """Soon, not only at the next use: a file that loses its name meanwhile must stay."""
+        for inode in list(self._states):
+            try:
+                await self._fence.before_read(inode)
+            except EmberfsError as problem:
+                log.warning("session on inode %d is not renewed: %s", inode, problem)
 
     async def _reopen(self, inode: InodeId) -> None:
         """Give a file its sessions back, which meta may have ended. STALE if it is gone."""

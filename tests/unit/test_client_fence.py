@@ -2,8 +2,10 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
+from emberfs.proto.cluster import NodeKind
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.meta_calls import Caller
 from unit.client_fakes import run
@@ -92,5 +94,26 @@ def test_o2_a_reader_that_wakes_is_told_that_its_file_is_gone():
         with pytest.raises(EmberfsError) as caught:
             await reader.read(0, 100)
         assert caught.value.code == Code.STALE
+
+    run(test)
+
+
+def test_r12_o11_sessions_are_renewed_when_meta_has_a_new_life():
+    """A power cut may have taken them: without, an unlink elsewhere would free the open file."""
+
+    async def test(world):
+        client = world.client(routing=world.routing)
+        file = await make(client)
+        world.meta.sessions.clear()
+        nodes = dict(world.routing.snapshot.nodes)
+        number = next(n for n, node in nodes.items() if node.kind == NodeKind.META)
+        nodes[number] = msgspec.structs.replace(nodes[number], incarnation=99)
+        world.routing.publish(nodes)
+        await asyncio.sleep(0.1)
+        assert world.meta.sessions[file.inode_id, file.session] == 1
+        await file.close()
+        world.routing.publish()
+        await asyncio.sleep(0.05)
+        assert not +world.meta.sessions
 
     run(test)
