@@ -87,14 +87,16 @@ class ChunkIO:
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
-    ) -> None:
-        """Remove all chunks of a file from `first_index` on; `timeout_ns` bounds each call."""
-        await gather_all(
-            [
-                self._remove_on(chain, inode, layout, first_index, timeout_ns)
-                for chain in sorted(set(layout.chains))
-            ]
+    ) -> list[ChainId]:
+        """Remove all chunks of a file from `first_index` on; `timeout_ns` bounds each call.
+
+        Returns the chains where there were any: until they are flushed, a power cut may undo it.
+        """
+        chains = sorted(set(layout.chains))
+        removed = await gather_all(
+            [self._remove_on(chain, inode, layout, first_index, timeout_ns) for chain in chains]
         )
+        return [chain for chain, count in zip(chains, removed, strict=True) if count]
 
     async def truncate_chunk(
         self,
@@ -103,8 +105,11 @@ class ChunkIO:
         index: int,
         length: int,
         timeout_ns: int = TIMEOUT_NS,
-    ) -> None:
-        """Cut one chunk to `length` bytes if it exists and is longer; never creates it."""
+    ) -> list[ChainId]:
+        """Cut one chunk to `length` bytes if it exists and is longer; never creates it.
+
+        Returns its chain if it was cut, see remove_chunks.
+        """
         chain = layout.chains[index % len(layout.chains)]
         chunk = pack_chunk_id(inode, index)
         rows = await self._writer.rows(chain, chunk, chunk + b"\0", 1, timeout_ns)
@@ -112,6 +117,8 @@ class ChunkIO:
         if rows and (rows[0].length > length or rows[0].pending):
             update = Update(chain, chunk, UpdateKind.TRUNCATE, 0, length, layout.chunk_bytes)
             await self._writer.update(update, timeout_ns)
+            return [chain]
+        return []
 
     async def end_of(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
@@ -167,8 +174,10 @@ class ChunkIO:
 
     async def _remove_on(
         self, chain: ChainId, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> None:
+    ) -> int:
+        """Remove what is listed until nothing is; returns how many chunks that were."""
         start, stop = file_chunk_range(inode, first_index)
+        count = 0
         while rows := await self._writer.rows(chain, start, stop, LIST_ROWS, timeout_ns):
             await gather_all(
                 [
@@ -176,6 +185,8 @@ class ChunkIO:
                     for row in rows
                 ]
             )
+            count += len(rows)
+        return count
 
 
 def _write_of(piece: Piece, layout: Layout, data: Buffer) -> Update:

@@ -76,7 +76,8 @@ class Orphans:
         lost = await self._lost(await self._with_chunks(chains))
         for inode in lost:
             layout = Layout(CHUNK_BYTES_MAX, chains)
-            await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
+            touched = await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
+            await self._chunks.flush(touched, CHUNK_TIMEOUT_NS)
             log.info("removed the chunks of inode %d, which a power cut had taken", inode)
         await self._engine.run(self._note_searched, durable=True)
         self._first = self._last + 1

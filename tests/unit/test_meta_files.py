@@ -207,6 +207,26 @@ def test_o2_o17_a_cut_takes_what_a_writer_elsewhere_never_told(how: str) -> None
     play(scene)
 
 
+def test_s1_r12_cuts_and_removals_are_stable_before_they_are_forgotten() -> None:
+    """When the power of the storage fails, no chunk comes back that nobody would remove again."""
+
+    async def scene(w: World) -> None:
+        f, g = await w.create(b"f"), await w.create(b"g", session=2)
+        for inode in (f, g):
+            w.chunks.put(inode.id, CHUNK, CHUNK)
+        await w.settle(f.id, length=2 * CHUNK)
+        await w.setattr(f.id, length=10)
+        w.chunks.cut_power()
+        assert w.chunks.of(f.id) == {0: 10}
+        await w.settle(g.id, session=2, close=True)
+        await w.unlink(b"g")
+        assert await w.context.collector.collect() == 1
+        w.chunks.cut_power()
+        assert w.chunks.of(g.id) == {}
+
+    play(scene)
+
+
 def test_o6_r12_a_power_cut_does_not_repeat_a_finished_cut() -> None:
     """What is written after a truncation was answered stays, also when the power fails then."""
 
@@ -356,9 +376,9 @@ def test_s1_o6_chunks_go_only_after_the_deletion_is_stable() -> None:
         unsynced: list[int] = []
         original = w.chunks.remove_chunks
 
-        async def watched(*args: object) -> None:
+        async def watched(*args: object) -> object:
             unsynced.append(w.store.unsynced_count)  # type: ignore[attr-defined]
-            await original(*args)  # type: ignore[arg-type]
+            return await original(*args)  # type: ignore[arg-type]
 
         w.chunks.remove_chunks = watched  # type: ignore[method-assign, assignment]
         await collected(w)
