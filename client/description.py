@@ -67,6 +67,7 @@ class OpenFile:
         self.direct = direct  # every read and write bypasses the buffers (O_DIRECT)
         self.append_offset = 0  # where the last append went
         self.closed = False
+        self.ending = False  # all is written; meta is told that the session ends
         self._services = services
         self._state = state
         self._cache = cache
@@ -98,9 +99,10 @@ class OpenFile:
             if length <= 0:
                 return _EMPTY
             found = await self._from_memory(offset, length, direct=direct)
-            if found is not None:
-                return found
-            return await self._fetch(offset, length)
+            if found is None:
+                found = await self._fetch(offset, length)
+            await self._check_there()
+            return found
 
     async def _fetch(self, offset: int, length: int) -> memoryview:
         """Read from storage into lent memory.
@@ -139,7 +141,17 @@ class OpenFile:
             else:
                 part = part_of(sink, 0, length)
                 await self._services.chunkio.read(self.inode_id, self._state.layout, offset, part)
+            await self._check_there()
             return length
+
+    async def _check_there(self) -> None:
+        """Raise STALE if the file has been collected: its chunks would read as zeros.
+
+        Before a read, and again when it has ended: it may have waited for very long.
+        """
+        await self._services.before_read(self.inode_id)
+        if self._state.gone is not None:
+            raise EmberfsError(Code.STALE, f"the file is lost: {self._state.gone.message}")
 
     async def _bound(self, offset: int, length: int) -> int:
         """How much of a range the file has; asks meta when that may have changed."""
@@ -148,7 +160,7 @@ class OpenFile:
         if offset < 0:
             raise EmberfsError(Code.INVALID, f"offset {offset} is negative")
         state = self._state
-        await self._services.before_read(state.id)
+        await self._check_there()
         if offset + length > state.length and length > 0:
             now_ns = self._services.env.now_ns()
             if now_ns - state.asked_ns > LENGTH_AGE_NS:
@@ -304,6 +316,7 @@ class OpenFile:
         finally:
             self._cache.invalidate(0, 1 << 63)
             state.caches.discard(self._cache)
+            self.ending = True
             # Not cut short when the caller is cancelled: the session would stay for ever.
             name = f"close inode {self.inode_id}"
             ending = self._services.tasks.spawn(self._end(wrote), name=name)

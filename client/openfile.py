@@ -235,7 +235,8 @@ class OpenFiles:
     async def _reopen(self, inode: InodeId) -> None:
         """Give a file its sessions back, which meta may have ended. STALE if it is gone."""
         for file in sorted(
-            (f for f in self._files if f.inode_id == inode), key=lambda file: file.session
+            (f for f in self._files if f.inode_id == inode and not f.ending),
+            key=lambda file: file.session,
         ):  # those that are being closed, too: they still send what is buffered
             try:
                 await self.metadata.open(
@@ -248,7 +249,7 @@ class OpenFiles:
                 raise EmberfsError(
                     Code.STALE, f"the file went while this client was away: {problem.message}"
                 ) from problem
-            if file not in self._files:  # it ended meanwhile: its session must not outlive it
+            if file.ending:  # meanwhile: its session must not outlive it
                 self._abandon(inode, file.session, EmberfsError(Code.TIMEOUT))
 
     def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:

@@ -117,3 +117,48 @@ def test_r12_o11_sessions_are_renewed_when_meta_has_a_new_life():
         assert not +world.meta.sessions
 
     run(test)
+
+
+def test_a_session_that_is_renewed_while_its_file_closes_does_not_stay():
+    async def test(world):
+        client = world.client(routing=world.routing)
+        file = await make(client)
+        metadata = file._services.metadata
+        opened, settled = metadata.open, metadata.settle
+
+        async def late_open(*args, **more):
+            await file.close()
+            return await opened(*args, **more)
+
+        metadata.open = late_open
+        await client._reopen(file.inode_id)
+        await asyncio.sleep(0.1)
+        assert not +world.meta.sessions
+        assert metadata.settle == settled
+
+    run(test)
+
+
+def test_o2_a_read_during_which_the_file_went_is_no_zeros():
+    """What a read found is given out only if the file is still there when it ends."""
+
+    async def test(world):
+        member = Member()
+        client = world.client(membership=member)
+        file = await make(client)
+        await file.write(0, b"x" * 100)
+        await file.close()
+        _, reader = await client.open(ME, file.inode_id)
+        chunkio, fetch = reader._services.chunkio, reader._services.chunkio.read
+
+        async def slow(*args, **more):
+            await fetch(*args, **more)
+            lose(world, file.inode_id)
+            member.lapses += 1
+
+        chunkio.read = slow
+        with pytest.raises(EmberfsError) as caught:
+            await reader.read(0, 100)
+        assert caught.value.code == Code.STALE
+
+    run(test)
