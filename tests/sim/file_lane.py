@@ -9,15 +9,17 @@ import random
 from typing import TYPE_CHECKING
 
 from emberfs.client.file import File, FileSystem
-from emberfs.client.oserrors import FileSystemError
+from emberfs.client.oserrors import FileSystemError, translated
 from emberfs.proto.errors import Code
-from emberfs.proto.ids import KiB
+from emberfs.proto.ids import InodeId, KiB
+from emberfs.proto.meta_calls import Caller
 from sim.history import Key, Op
 from sim.stamps import stamp_fill
 
 if TYPE_CHECKING:
     from sim.files_load import FilesLoad
 
+CALLER = Caller(0, 0)
 HOME = "/f"
 OWN = "pq"
 READ_BYTES = 96 * KiB
@@ -51,23 +53,29 @@ class FileLane:
         """One open file after another."""
         dice = self._dice
         while not self._load.stopping:
-            await asyncio.sleep(dice.expovariate(1e9 / self._load.pause_ns))
+            await asyncio.sleep(dice.expovariate(2e9 / self._load.pause_ns))
             roll = dice.random()
             try:
-                if roll < 0.45:
+                if roll < 0.5:
                     await self._write_session(self._own())
-                elif roll < 0.85:
+                elif roll < 0.84:
                     await self._read_session()
-                elif roll < 0.95:
+                elif roll < 0.92:
                     await self._replace()
+                elif roll < 0.97:
+                    await self._cut_by_path()
                 else:
-                    await self._fs.remove(self._own())
+                    await self._fs.remove(self._any())
             except FileSystemError as problem:
                 if problem.code not in NO_FILE:
                     self._load.note(f"files: {problem.code.name}: {problem}")
 
     def _own(self) -> str:
         return f"{HOME}/{self._index}{self._dice.choice(OWN)}"
+
+    def _any(self) -> str:
+        client = self._dice.randrange(len(self._load.world.clients))
+        return f"{HOME}/{client}{self._dice.choice(OWN)}"
 
     async def _pause(self) -> None:
         if self._dice.random() < 0.6:
@@ -98,9 +106,9 @@ class FileLane:
     async def _change(self, opened: _Opened, *, append: bool) -> bool:
         """One step of a writer; False if it failed."""
         roll = self._dice.random()
-        if roll < 0.55:
+        if roll < 0.5:
             return await self._write(opened, append=append)
-        if roll < 0.65:
+        if roll < 0.6:
             return await self._flush(opened, opened.file.fsync())
         if roll < 0.75:
             return await self._truncate(opened)
@@ -108,8 +116,7 @@ class FileLane:
 
     async def _read_session(self) -> None:
         dice = self._dice
-        path = f"{HOME}/{dice.randrange(len(self._load.world.clients))}{dice.choice(OWN)}"
-        opened = await self._open(path, "r", direct=dice.random() < 0.2)
+        opened = await self._open(self._any(), "r", direct=dice.random() < 0.2)
         if opened is None:
             return
         for _ in range(dice.randint(1, 3)):
@@ -128,6 +135,22 @@ class FileLane:
         wrote = await self._write(opened, append=False)
         if await self._flush(opened, opened.file.close()) and wrote:
             await self._fs.rename(temporary, path)
+
+    async def _cut_by_path(self) -> None:
+        """Truncate anybody's file, whether it is open or not."""
+        path, size = self._any(), self._range()[0]
+        op = await self._begin_cut(path, size)
+        if op is None:
+            return
+        inode = op.key[1]
+        assert isinstance(inode, int)
+        try:
+            with translated(path.encode()):
+                await self._fs.cluster.files.truncate(CALLER, InodeId(inode), size)
+        except FileSystemError as problem:
+            self._end(op, "fail" if problem.code in NO_FILE else "unknown", problem)
+            raise
+        self._end(op, "ok")
 
     async def walk(self, path: str) -> None:
         """List a directory and everything below; read all files to their ends."""
@@ -190,7 +213,7 @@ class FileLane:
             self._end(cut, "ok")
         return _Opened(file, op, direct)
 
-    async def _begin_cut(self, path: str) -> Op | None:
+    async def _begin_cut(self, path: str, size: int = 0) -> Op | None:
         from sim.files_load import Via
 
         try:
@@ -198,7 +221,7 @@ class FileLane:
         except FileSystemError:
             return None
         now_ns = self._load.now_ns()
-        op = self._history.begin(self._number, "truncate", ("file", inode), 0, 0, now_ns)
+        op = self._history.begin(self._number, "truncate", ("file", inode), size, 0, now_ns)
         self._load.via[op.number] = Via(self._number, -1)
         return op
 

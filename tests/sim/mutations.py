@@ -132,9 +132,18 @@ def run_mutation(found: Mutation, seed: int, mood: str) -> Outcome:
 
 def load() -> dict[str, Mutation]:
     """Return all mutations."""
-    from sim import mutate_client, mutate_control, mutate_disk, mutate_recovery, mutate_replica
+    from sim import (
+        mutate_client,
+        mutate_control,
+        mutate_disk,
+        mutate_files,
+        mutate_meta,
+        mutate_recovery,
+        mutate_replica,
+    )
 
-    for module in (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client):
+    chunks = (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client)
+    for module in (*chunks, mutate_meta, mutate_files):
         assert module.__doc__
     return MUTATIONS
 

@@ -27,6 +27,8 @@ FILE_MOODS = {
              files=True, overlap=True),
         Mood("files and storage", ("kill storage", "freeze storage", "isolate storage",
              "die between disk operations", "kill client", "reset"), files=True, messages=True),
+        # Once, the power of all servers fails in the same instant.
+        Mood("files blackout", ("blackout", "blackout", "kill client", "kill meta"), files=True),
     )
 }  # fmt: skip
 
@@ -64,6 +66,18 @@ class FilesNemesis(Nemesis):
         await asyncio.sleep(self._some_seconds() / 2)
         victim.power_on()
         self.revive(victim)
+
+    async def _blackout(self, victim: Machine) -> None:
+        """All servers of data and metadata at once; the clients have their own supply."""
+        if self.load.cut_ns:
+            return
+        meta = self.world.meta[0]
+        before, at_ns = seen_of(store_of(meta)), self.world.loop.now_ns()
+        meta.power_cut()
+        self.files.cuts.append(Cut(at_ns, before, seen_of(store_of(meta))))
+        await super()._blackout(victim)
+        meta.power_on()
+        self.revive(meta)
 
     async def _freeze_client(self, victim: Machine) -> None:
         process = victim.process

@@ -91,7 +91,10 @@ async def finish(load: FilesLoad, outcome: "Outcome") -> None:
         outcome.violations.append(Violation("hangs", f"lanes of {', '.join(working)}"))
     await asyncio.sleep(SETTLED_S)
     for index in range(len(load.world.clients)):
-        await load.read_all(index)
+        try:
+            await load.read_all(index)
+        except FileSystemError as problem:
+            outcome.violations.append(Violation("unreadable", str(problem)))
 
 
 async def judge(load: FilesLoad, outcome: "Outcome", mood: Mood, healed_ns: int) -> None:
@@ -103,7 +106,9 @@ async def judge(load: FilesLoad, outcome: "Outcome", mood: Mood, healed_ns: int)
     verdict = check_lives(list(history), load.requests, load.cuts, last, end_ns)
     found += verdict.violations
     outcome.undecided += len(verdict.undecided)
-    found += check_files(history, load.via, LAST_READERS)
+    found += check_files(
+        history, load.via, LAST_READERS, load.cut_ns, [cut.at_ns for cut in load.cuts]
+    )
     found += check_versions(world.seen)
     found += _left_over(load)
     found += await _fsck(load)
