@@ -97,18 +97,26 @@ async def finish(load: FilesLoad, outcome: "Outcome") -> None:
             outcome.violations.append(Violation("unreadable", str(problem)))
 
 
-async def judge(load: FilesLoad, outcome: "Outcome", mood: Mood, healed_ns: int) -> None:
-    """Put everything to the checkers."""
+async def judge(
+    load: FilesLoad,
+    outcome: "Outcome",
+    mood: Mood,
+    healed_ns: int,
+    *,
+    names: bool = True,
+    contents: bool = True,
+) -> None:
+    """Put everything to the checkers; not `contents` where writes were not recorded."""
     world, history, found = load.world, load.history, outcome.violations
-    store = store_of(world.meta[0])
-    last = seen_of(store)
-    end_ns = world.loop.now_ns()
-    verdict = check_lives(list(history), load.requests, load.cuts, last, end_ns)
-    found += verdict.violations
-    outcome.undecided += len(verdict.undecided)
-    found += check_files(
-        history, load.via, LAST_READERS, load.cut_ns, [cut.at_ns for cut in load.cuts]
-    )
+    if names:
+        last = seen_of(store_of(world.meta[0]))
+        calls = list(history)
+        verdict = check_lives(calls, load.requests, load.cuts, last, world.loop.now_ns())
+        found += verdict.violations
+        outcome.undecided += len(verdict.undecided)
+    if contents:
+        cuts_ns = [cut.at_ns for cut in load.cuts]
+        found += check_files(history, load.via, LAST_READERS, load.cut_ns, cuts_ns)
     found += check_versions(world.seen)
     found += _left_over(load)
     found += await _fsck(load)

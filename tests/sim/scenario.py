@@ -205,7 +205,7 @@ class Hand:
 
 
 @contextmanager
-def _quiet_burial() -> Iterator[None]:
+def quiet_burial() -> Iterator[None]:
     """Whoever dies in a simulation closes its generators here, not amid the next test.
 
     No logging meanwhile: pytest keeps the records, which keep exceptions, which keep frames.
@@ -275,7 +275,7 @@ def play(
             work.history = type(work.history)()
         run._judge(world, work, outcome, mood, healed_ns)
 
-    with _quiet_burial():
+    with quiet_burial():
         simloop.run(main)
     assert not failure, failure
     assert not outcome.violations, report(outcome.violations)
