@@ -59,7 +59,7 @@ class FileState:
         self._unsettled_stop = 0  # end of own writes since the last settlement began
         self._settling_stop = 0  # end of own writes that the settlement under way is to tell
         self._durable_length = -1  # what a durable settlement has confirmed
-        self.cut_unstable = False  # our truncation is not known to be on stable storage
+        self._cut_length = -1  # set by our truncation, which may not be on stable storage yet
         buffer.on_error = self._on_write_error
 
     @property
@@ -79,6 +79,7 @@ class FileState:
         self.truncate_version = inode.truncate_version
         self.server_length = inode.length
         self._keep_unsettled(max(self._unsettled_stop, self._settling_stop))
+        self._cut_length = -1
         self._durable_length = -1
         self.invalidate(0, END)
 
@@ -122,6 +123,11 @@ class FileState:
     # ------------------------------------------------------------ settlement
 
     @property
+    def cut_unstable(self) -> bool:
+        """True while a power cut of meta may undo our truncation."""
+        return self._cut_length >= 0
+
+    @property
     def unsettled_bytes(self) -> bool:
         """True while meta does not know how long our writes have made the file."""
         return bool(self.buffer) or self.written_stop > self.server_length
@@ -146,7 +152,7 @@ class FileState:
             version, stop = self.truncate_version, self._told_stop()
             # What was told before and not durably, a power cut of meta may have undone: tell again.
             told = not (durable or self._unsettled_stop or stop > self.server_length)
-            length = None if told else stop
+            length = None if told else max(stop, self._cut_length if durable else 0)
             mark, self._unsettled_stop = self._unsettled_stop, 0
             self._settling_stop = mark
             mtime_ns, self.mtime_ns = self.mtime_ns, None
@@ -171,7 +177,7 @@ class FileState:
                 self._unsettle(mark, None)
             self.settled_ns = self._env.now_ns()
             if durable and self.truncate_version == version:
-                self.cut_unstable = False
+                self._cut_length = -1
                 self._durable_length = max(self._durable_length, stop, answer.length)
             gone = close and not answer.nlink
             if answer.truncate_version > version and length is not None and not gone:
@@ -261,6 +267,6 @@ class FileState:
         self.written_stop = self._unsettled_stop = 0
         self.buffer.committed_stop = 0
         self._durable_length = -1
-        self.cut_unstable = True
+        self._cut_length = inode.length
         self.mtime_ns = None
         self.invalidate(0, END)

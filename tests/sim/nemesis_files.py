@@ -16,7 +16,10 @@ FILE_MOODS = {
     mood.name: mood
     for mood in (
         Mood("names", ("kill meta", "meta dies between operations", "reset"), files=True,
-             messages=True, gentle=True),
+             messages=True),
+        # Within the replication factor, and no message is lost: no client may see an error.
+        Mood("gentle files", ("kill meta", "meta dies between operations", "kill storage",
+             "kill mgmtd", "reset"), files=True, gentle=True),
         Mood("files", ("kill meta", "kill client", "kill storage", "meta dies between operations"),
              files=True, messages=True),
         Mood("meta power", ("power cut of meta", "meta dies between operations", "kill client"),

@@ -380,6 +380,22 @@ def test_r12_close_makes_a_truncation_stable():
 
 
 @pytest.mark.parametrize("how", ["fsync", "close"])
+def test_r12_a_truncation_that_a_power_cut_took_from_meta_is_told_again(how):
+    """What was written below the new end stays within the file."""
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"1" * 1000)
+        await file.truncate(2000, ME)
+        world.meta.change(file.inode_id, length=0)  # it was not stable
+        await (file.fsync() if how == "fsync" else file.close())
+        assert world.meta.inodes[file.inode_id].length == 2000
+        await file.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["fsync", "close"])
 def test_r12_a_length_that_a_power_cut_took_from_meta_is_told_again(how):
     """What was told in passing is told again at fsync and close: only then it must be stable."""
 
