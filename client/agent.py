@@ -67,6 +67,8 @@ class Agent:
         self._expect = expect
         self._heartbeat_ns = HEARTBEAT_NS
         self._valid_until_ns = 0
+        self._dead_from_ns = 0
+        self.lapses = 0  # how often the lease had run out, all of it, before it was renewed
         # Routing that must have arrived before this node may serve: while the lease had lapsed,
         # somebody else may have been put in its place.
         self.needs_version = RoutingVersion(0)
@@ -103,6 +105,10 @@ class Agent:
     def lease_ok(self) -> bool:
         """Tell whether nobody else can have been put in our place yet."""
         return self._env.now_ns() < self._valid_until_ns
+
+    def is_member(self) -> bool:
+        """Tell whether mgmtd cannot have declared us dead yet."""
+        return self._env.now_ns() < self._dead_from_ns
 
     def beat_soon(self) -> None:
         """Send the next heartbeat at once: a report has changed."""
@@ -152,6 +158,9 @@ class Agent:
             self.needs_version = lease.version
         self._heartbeat_ns = max(lease.heartbeat_ns, 1 * MS)
         self._valid_until_ns = sent_ns + lease.lease_ns // 2
+        if self._dead_from_ns and sent_ns >= self._dead_from_ns:
+            self.lapses += 1
+        self._dead_from_ns = sent_ns + lease.lease_ns
         self._expect(lease.version)
 
     def _lost(self, problem: EmberfsError) -> None:

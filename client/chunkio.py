@@ -4,7 +4,7 @@ Reads go to any serving replica (chunkread.py), updates to the head of the chain
 A lost server is invisible here: reads move on, writes wait for the new chain, until `timeout_ns`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from emberfs.client.chunkread import ChunkReader, Job, jobs_of, part_of
@@ -32,6 +32,10 @@ class ChunkIO:
         self._nodes = NodeCalls(env, routing, peers)
         self._reader = ChunkReader(env, routing, self._nodes)
         self._writer = ChunkWriter(env, routing, self._nodes, client_id)
+
+    def guard(self, before_write: Callable[[InodeId], Awaitable[None]]) -> None:
+        """Ask before every try to write a chunk; what is raised counts as the try's failure."""
+        self._writer.before_write = before_write
 
     def close(self) -> None:
         """Stop listening to routing."""
@@ -83,14 +87,16 @@ class ChunkIO:
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
-    ) -> None:
-        """Remove all chunks of a file from `first_index` on; `timeout_ns` bounds each call."""
-        await gather_all(
-            [
-                self._remove_on(chain, inode, layout, first_index, timeout_ns)
-                for chain in sorted(set(layout.chains))
-            ]
+    ) -> list[ChainId]:
+        """Remove all chunks of a file from `first_index` on; `timeout_ns` bounds each call.
+
+        Returns the chains where there were any: until they are flushed, a power cut may undo it.
+        """
+        chains = sorted(set(layout.chains))
+        removed = await gather_all(
+            [self._remove_on(chain, inode, layout, first_index, timeout_ns) for chain in chains]
         )
+        return [chain for chain, count in zip(chains, removed, strict=True) if count]
 
     async def truncate_chunk(
         self,
@@ -99,8 +105,11 @@ class ChunkIO:
         index: int,
         length: int,
         timeout_ns: int = TIMEOUT_NS,
-    ) -> None:
-        """Cut one chunk to `length` bytes if it exists and is longer; never creates it."""
+    ) -> list[ChainId]:
+        """Cut one chunk to `length` bytes if it exists and is longer; never creates it.
+
+        Returns its chain if it was cut, see remove_chunks.
+        """
         chain = layout.chains[index % len(layout.chains)]
         chunk = pack_chunk_id(inode, index)
         rows = await self._writer.rows(chain, chunk, chunk + b"\0", 1, timeout_ns)
@@ -108,6 +117,8 @@ class ChunkIO:
         if rows and (rows[0].length > length or rows[0].pending):
             update = Update(chain, chunk, UpdateKind.TRUNCATE, 0, length, layout.chunk_bytes)
             await self._writer.update(update, timeout_ns)
+            return [chain]
+        return []
 
     async def end_of(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
@@ -142,14 +153,31 @@ class ChunkIO:
                 start = row.chunk + b"\0"
         return end
 
+    async def inodes_on(
+        self, chain: ChainId, first: InodeId, stop: InodeId, timeout_ns: int = TIMEOUT_NS
+    ) -> list[InodeId]:
+        """Return the inodes of [first, stop) that have chunks on a chain."""
+        found: list[InodeId] = []
+        end = file_chunk_range(stop, 0)[0]
+        while first < stop:
+            start = file_chunk_range(first, 0)[0]
+            rows = await self._writer.rows(chain, start, end, LIST_ROWS, timeout_ns)
+            if not rows:
+                break
+            found += sorted({unpack_chunk_id(row.chunk)[0] for row in rows})
+            first = InodeId(found[-1] + 1)
+        return found
+
     async def flush(self, chains: Iterable[ChainId], timeout_ns: int = TIMEOUT_NS) -> None:
         """Everything committed on these chains is on stable storage of every replica on return."""
         await self._writer.flush(sorted(set(chains)), timeout_ns)
 
     async def _remove_on(
         self, chain: ChainId, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> None:
+    ) -> int:
+        """Remove what is listed until nothing is; returns how many chunks that were."""
         start, stop = file_chunk_range(inode, first_index)
+        count = 0
         while rows := await self._writer.rows(chain, start, stop, LIST_ROWS, timeout_ns):
             await gather_all(
                 [
@@ -157,6 +185,8 @@ class ChunkIO:
                     for row in rows
                 ]
             )
+            count += len(rows)
+        return count
 
 
 def _write_of(piece: Piece, layout: Layout, data: Buffer) -> Update:

@@ -8,7 +8,7 @@ so that the next update of the chunk, with a higher sequence on it, makes a late
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +18,16 @@ from emberfs.client.patience import Patience
 from emberfs.fabric.region import Buffer, view_of
 from emberfs.proto.cluster import ChainTarget, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import SECOND, ChainId, ChainVersion, ChunkId, NodeId, TargetId
+from emberfs.proto.ids import (
+    SECOND,
+    ChainId,
+    ChainVersion,
+    ChunkId,
+    InodeId,
+    NodeId,
+    TargetId,
+    unpack_chunk_id,
+)
 from emberfs.proto.storage_calls import (
     FLUSH,
     FLUSH_TARGETS_MAX,
@@ -103,6 +112,7 @@ class ChunkWriter:
         self._channels = Channels()
         self._turns: dict[ChunkId, _Turn] = {}
         self._slots = asyncio.Semaphore(UPDATES_MAX)
+        self.before_write: Callable[[InodeId], Awaitable[None]] | None = None  # at every try
 
     # ------------------------------------------------------------ updates
 
@@ -139,6 +149,8 @@ class ChunkWriter:
         while True:
             snapshot = self._routing.snapshot
             try:
+                if self.before_write is not None and update.kind == UpdateKind.WRITE:
+                    await self.before_write(unpack_chunk_id(update.chunk)[0])
                 version, head = _head_of(snapshot, update.chain)
                 request = UpdateRequest(
                     target=head.target,

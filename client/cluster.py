@@ -42,7 +42,14 @@ class Cluster:
         self.peers = PeerPool(env, wiring.transports)
         self.chunkio = ChunkIO(env, routing, self.peers, client_id)
         self.metadata = Metadata(env, routing, self.peers, client_id)
-        self.files = OpenFiles(env, self.chunkio, self.metadata, durable_close=durable_close)
+        self.files = OpenFiles(
+            env,
+            self.chunkio,
+            self.metadata,
+            durable_close=durable_close,
+            membership=agent,
+            routing=routing,
+        )
         self._agent = agent
 
     @classmethod

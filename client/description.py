@@ -7,7 +7,7 @@ description that was open when it happened. Order of locks: appending, a range, 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from emberfs.client.chunkio import ChunkIO
@@ -40,6 +40,7 @@ class FileServices:
     read_memory: ReadMemory
     tasks: TaskSet
     durable_close: bool
+    before_read: Callable[[InodeId], Awaitable[None]]  # see fence.py
     forget: Callable[["OpenFile"], None]  # called when a description has ended
 
 
@@ -53,17 +54,20 @@ class OpenFile:
         session: SessionId,
         cache: ReadCache,
         *,
+        caller: Caller,
         readable: bool,
         writable: bool,
         direct: bool,
     ) -> None:
         self.inode_id: InodeId = state.id
         self.session = session
+        self.caller = caller  # who opened it
         self.readable = readable
         self.writable = writable
         self.direct = direct  # every read and write bypasses the buffers (O_DIRECT)
         self.append_offset = 0  # where the last append went
         self.closed = False
+        self.ending = False  # all is written; meta is told that the session ends
         self._services = services
         self._state = state
         self._cache = cache
@@ -95,9 +99,10 @@ class OpenFile:
             if length <= 0:
                 return _EMPTY
             found = await self._from_memory(offset, length, direct=direct)
-            if found is not None:
-                return found
-            return await self._fetch(offset, length)
+            if found is None:
+                found = await self._fetch(offset, length)
+            await self._check_there()
+            return found
 
     async def _fetch(self, offset: int, length: int) -> memoryview:
         """Read from storage into lent memory.
@@ -136,7 +141,17 @@ class OpenFile:
             else:
                 part = part_of(sink, 0, length)
                 await self._services.chunkio.read(self.inode_id, self._state.layout, offset, part)
+            await self._check_there()
             return length
+
+    async def _check_there(self) -> None:
+        """Raise STALE if the file has been collected: its chunks would read as zeros.
+
+        Before a read, and again when it has ended: it may have waited for very long.
+        """
+        await self._services.before_read(self.inode_id)
+        if self._state.gone is not None:
+            raise EmberfsError(Code.STALE, f"the file is lost: {self._state.gone.message}")
 
     async def _bound(self, offset: int, length: int) -> int:
         """How much of a range the file has; asks meta when that may have changed."""
@@ -145,6 +160,7 @@ class OpenFile:
         if offset < 0:
             raise EmberfsError(Code.INVALID, f"offset {offset} is negative")
         state = self._state
+        await self._check_there()
         if offset + length > state.length and length > 0:
             now_ns = self._services.env.now_ns()
             if now_ns - state.asked_ns > LENGTH_AGE_NS:
@@ -231,6 +247,9 @@ class OpenFile:
     def _check_write(self) -> None:
         if not self.writable or self.closed:
             raise EmberfsError(Code.BAD_HANDLE, "file is not open for writing")
+        gone = self._state.gone
+        if gone is not None:
+            raise EmberfsError(Code.STALE, f"the file is lost: {gone.message}")
         self._raise_late_error()
 
     def _raise_late_error(self, *, told: bool = True) -> None:
@@ -257,7 +276,9 @@ class OpenFile:
             return
         state = self._state
         await state.buffer.drain()
-        if self._services.durable_close and (state.buffer.touched or state.unsettled):
+        if self._services.durable_close and (
+            state.buffer.touched or state.unsettled or state.cut_unstable
+        ):
             await state.fsync(self.session, data_only=True)
         if state.unsettled:
             await state.settle(self.session)
@@ -287,7 +308,7 @@ class OpenFile:
         try:
             if self.writable:
                 await state.buffer.drain()
-                wrote = bool(state.buffer.touched) or state.unsettled
+                wrote = bool(state.buffer.touched) or state.unsettled or state.cut_unstable
                 if wrote and self._services.durable_close:
                     await state.sync_data()
         except EmberfsError as found:
@@ -295,6 +316,7 @@ class OpenFile:
         finally:
             self._cache.invalidate(0, 1 << 63)
             state.caches.discard(self._cache)
+            self.ending = True
             # Not cut short when the caller is cancelled: the session would stay for ever.
             name = f"close inode {self.inode_id}"
             ending = self._services.tasks.spawn(self._end(wrote), name=name)

@@ -17,6 +17,7 @@ from emberfs.client.metadata import Metadata
 from emberfs.client.rangelock import END, RangeLock
 from emberfs.client.readcache import ReadCache
 from emberfs.client.writebuffer import WriteBuffer
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import InodeId, SessionId
 from emberfs.runtime.env import Env
@@ -53,9 +54,12 @@ class FileState:
         self.asked_ns = env.now_ns()  # when meta last told the length
         self.settled_ns = env.now_ns()
         self.written_stop = 0
+        self.gone: EmberfsError | None = None  # meta knows the file no more: nobody would read it
         self.mtime_ns: int | None = None  # of own writes that meta does not know of
         self._unsettled_stop = 0  # end of own writes since the last settlement began
+        self._settling_stop = 0  # end of own writes that the settlement under way is to tell
         self._durable_length = -1  # what a durable settlement has confirmed
+        self._cut_length = -1  # set by our truncation, which may not be on stable storage yet
         buffer.on_error = self._on_write_error
 
     @property
@@ -74,10 +78,15 @@ class FileState:
         # Another client has cut the file. Our unsettled writes may be later than that: keep them.
         self.truncate_version = inode.truncate_version
         self.server_length = inode.length
-        self.written_stop = max(self._unsettled_stop, self.buffer.pending_stop())
-        self.buffer.committed_stop = self._unsettled_stop
+        self._keep_unsettled(max(self._unsettled_stop, self._settling_stop))
+        self._cut_length = -1
         self._durable_length = -1
         self.invalidate(0, END)
+
+    def _keep_unsettled(self, stop: int) -> None:
+        """Forget own writes that meta has heard of and has cut since."""
+        self.written_stop = max(stop, self.buffer.pending_stop())
+        self.buffer.committed_stop = stop
 
     def merged(self, inode: Inode) -> Inode:
         """The inode with this client's own length and mtime."""
@@ -114,6 +123,11 @@ class FileState:
     # ------------------------------------------------------------ settlement
 
     @property
+    def cut_unstable(self) -> bool:
+        """True while a power cut of meta may undo our truncation."""
+        return self._cut_length >= 0
+
+    @property
     def unsettled_bytes(self) -> bool:
         """True while meta does not know how long our writes have made the file."""
         return bool(self.buffer) or self.written_stop > self.server_length
@@ -136,8 +150,11 @@ class FileState:
     async def _settle(self, session: SessionId, *, close: bool, durable: bool) -> None:
         for _ in range(SETTLE_TRIES):
             version, stop = self.truncate_version, self._told_stop()
-            length = stop if self._unsettled_stop or stop > self.server_length else None
+            # What was told before and not durably, a power cut of meta may have undone: tell again.
+            told = not (durable or self._unsettled_stop or stop > self.server_length)
+            length = None if told else max(stop, self._cut_length if durable else 0)
             mark, self._unsettled_stop = self._unsettled_stop, 0
+            self._settling_stop = mark
             mtime_ns, self.mtime_ns = self.mtime_ns, None
             try:
                 answer = await self._metadata.settle(
@@ -149,29 +166,42 @@ class FileState:
                     close=close,
                     durable=durable,
                 )
-            except BaseException:
-                self._unsettle(version, mark, mtime_ns)
+            except BaseException as problem:
+                self._unsettle(mark, mtime_ns)
+                if isinstance(problem, EmberfsError) and problem.code == Code.NOT_FOUND:
+                    self.gone = problem
                 raise
+            finally:
+                self._settling_stop = 0
             if stop < mark:  # the rest of it is still on its way to storage
-                self._unsettle(version, mark, None)
+                self._unsettle(mark, None)
             self.settled_ns = self._env.now_ns()
             if durable and self.truncate_version == version:
+                self._cut_length = -1
                 self._durable_length = max(self._durable_length, stop, answer.length)
-            if answer.truncate_version > version and length is not None:
-                self._unsettle(version, mark, None)
+            gone = close and not answer.nlink
+            if answer.truncate_version > version and length is not None and not gone:
+                self._unsettle(mark, None)
                 self.note(answer)
-                if close:
-                    return
                 continue
+            if answer.truncate_version < version and not gone:
+                self._cut_was_undone(answer)
+                continue
+            if answer.truncate_version < self.truncate_version:  # told in time; cut since
+                self._keep_unsettled(self._unsettled_stop)
             self.note(answer)
             return
+
+    def _cut_was_undone(self, answer: Inode) -> None:
+        """Meta had told of a cut that was not stable, and its power failed."""
+        self.truncate_version = answer.truncate_version
+        self.server_length = answer.length
 
     def _told_stop(self) -> int:
         return min(self.buffer.committed_prefix(), self.buffer.committed_stop, self.written_stop)
 
-    def _unsettle(self, version: int, mark: int, mtime_ns: int | None) -> None:
-        if self.truncate_version == version:
-            self._unsettled_stop = max(self._unsettled_stop, mark)
+    def _unsettle(self, mark: int, mtime_ns: int | None) -> None:
+        self._unsettled_stop = max(self._unsettled_stop, mark)
         if self.mtime_ns is None:
             self.mtime_ns = mtime_ns
 
@@ -238,5 +268,6 @@ class FileState:
         self.written_stop = self._unsettled_stop = 0
         self.buffer.committed_stop = 0
         self._durable_length = -1
+        self._cut_length = inode.length
         self.mtime_ns = None
         self.invalidate(0, END)

@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 from emberfs.client import metrics
 from emberfs.client.chunkio import ChunkIO
 from emberfs.client.description import FileServices, OpenFile
+from emberfs.client.fence import Fence, Membership
 from emberfs.client.filestate import FileState
 from emberfs.client.metadata import NO_SESSION, Metadata
+from emberfs.client.nodecalls import RoutingView
 from emberfs.client.readcache import ReadCache, ReadMemory
 from emberfs.client.writebuffer import WriteBuffer, WriteMemory
+from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import MS, SECOND, InodeId, SessionId
@@ -37,9 +40,19 @@ class OpenFiles:
     """All open files of one client process, with one FileState per inode."""
 
     def __init__(
-        self, env: Env, chunkio: ChunkIO, metadata: Metadata, *, durable_close: bool = True
+        self,
+        env: Env,
+        chunkio: ChunkIO,
+        metadata: Metadata,
+        *,
+        durable_close: bool = True,
+        membership: Membership | None = None,
+        routing: RoutingView | None = None,
     ) -> None:
-        """`durable_close`: closing a written file makes it stable (DESIGN section 5)."""
+        """`durable_close`: closing a written file makes it stable (DESIGN section 5).
+
+        With `membership` and `routing` sessions that meta may have lost are renewed (fence.py).
+        """
         self.env = env
         self.chunkio = chunkio
         self.metadata = metadata
@@ -48,8 +61,21 @@ class OpenFiles:
         self._states: dict[InodeId, FileState] = {}
         self._files: set[OpenFile] = set()
         self._tasks = TaskSet()
+        self._fence = Fence(membership, self._reopen)
+        if membership is not None:
+            chunkio.guard(self._fence.before_write)
+        if routing is not None:
+            self._fence.note_routing(routing.snapshot)
+            routing.subscribe(self._on_routing)
         self._services = FileServices(
-            env, chunkio, metadata, self.read_memory, self._tasks, durable_close, self._forget
+            env,
+            chunkio,
+            metadata,
+            self.read_memory,
+            self._tasks,
+            durable_close,
+            self._fence.before_read,
+            self._forget,
         )
         self._ticking = False
 
@@ -82,7 +108,7 @@ class OpenFiles:
         except BaseException as problem:
             self._abandon(inode, session, problem)
             raise
-        return self._opened(found, session, read=read, write=write, direct=direct)
+        return self._opened(caller, found, session, read=read, write=write, direct=direct)
 
     async def create(
         self,
@@ -114,7 +140,7 @@ class OpenFiles:
 
         state = await self._written_here(caller, parent, name) if truncate else None
         found = await (perform() if state is None else state.cut(0, perform, drop=False))
-        return self._opened(found, session, read=read, write=write, direct=direct)
+        return self._opened(caller, found, session, read=read, write=write, direct=direct)
 
     async def _written_here(self, caller: Caller, parent: InodeId, name: bytes) -> FileState | None:
         """The state of a file that is open here for writing: cutting it must wait its turn."""
@@ -127,7 +153,14 @@ class OpenFiles:
         return self._states.get(found.id)
 
     def _opened(
-        self, inode: Inode, session: SessionId, *, read: bool, write: bool, direct: bool
+        self,
+        caller: Caller,
+        inode: Inode,
+        session: SessionId,
+        *,
+        read: bool,
+        write: bool,
+        direct: bool,
     ) -> tuple[Inode, OpenFile]:
         state = self._states.get(inode.id)
         if state is None:
@@ -137,8 +170,16 @@ class OpenFiles:
             self.env, inode.id, state.layout, self.chunkio, self.read_memory, self._tasks
         )
         file = OpenFile(
-            self._services, state, session, cache, readable=read, writable=write, direct=direct
+            self._services,
+            state,
+            session,
+            cache,
+            caller=caller,
+            readable=read,
+            writable=write,
+            direct=direct,
         )
+        self._fence.watch(inode.id)
         state.references += 1
         state.caches.add(cache)
         if write:
@@ -177,6 +218,39 @@ class OpenFiles:
         state.references -= 1
         if not state.references and self._states.get(state.id) is state:
             del self._states[state.id]
+            self._fence.forget(state.id)
+
+    def _on_routing(self, snapshot: RoutingSnapshot) -> None:
+        if self._fence.note_routing(snapshot) and self._states:
+            self._spawn(self._renew_sessions(), "renew sessions")
+
+    async def _renew_sessions(self) -> None:
+        """Soon, not only at the next use: a file that loses its name meanwhile must stay."""
+        for inode in list(self._states):
+            try:
+                await self._fence.before_read(inode)
+            except EmberfsError as problem:
+                log.warning("session on inode %d is not renewed: %s", inode, problem)
+
+    async def _reopen(self, inode: InodeId) -> None:
+        """Give a file its sessions back, which meta may have ended. STALE if it is gone."""
+        for file in sorted(
+            (f for f in self._files if f.inode_id == inode and not f.ending),
+            key=lambda file: file.session,
+        ):  # those that are being closed, too: they still send what is buffered
+            try:
+                await self.metadata.open(
+                    file.caller, inode, file.session, read=file.readable, write=file.writable
+                )
+            except EmberfsError as problem:
+                if problem.code != Code.NOT_FOUND:
+                    raise
+                file.state.gone = problem
+                raise EmberfsError(
+                    Code.STALE, f"the file went while this client was away: {problem.message}"
+                ) from problem
+            if file.ending:  # meanwhile: its session must not outlive it
+                self._abandon(inode, file.session, EmberfsError(Code.TIMEOUT))
 
     def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         return self._tasks.spawn(work, name=name)

@@ -40,7 +40,7 @@ class WriteMemory:
     def __init__(self, limit_bytes: int = CLIENT_BYTES) -> None:
         self.room = Room(limit_bytes)
         self.pool = BufferPool(limit_bytes)
-        self.buffers: set[WriteBuffer] = set()  # those that hold something
+        self.buffers: dict[WriteBuffer, None] = {}  # those that hold something, in order
 
     def push_all(self) -> None:
         """Send everything that is buffered anywhere."""
@@ -204,7 +204,7 @@ class WriteBuffer:
         buffer = self._memory.take(capacity)
         if old is None:
             self._open[index] = Extent(index, start, buffer, capacity, self._env.now_ns())
-            self._memory.buffers.add(self)
+            self._memory.buffers[self] = None
             return
         view_of(buffer)[: old.length] = view_of(old.buffer)[: old.length]
         self._memory.give(old.buffer)
@@ -269,7 +269,7 @@ class WriteBuffer:
             self._memory.give(extent.buffer)
             self._release(extent.capacity)
             if not self:
-                self._memory.buffers.discard(self)
+                self._memory.buffers.pop(self, None)
 
     def note_committed(self, start: int, length: int) -> None:
         """Storage has committed a range (also one that bypassed the buffer)."""
@@ -311,4 +311,4 @@ class WriteBuffer:
                 self._memory.give(extent.buffer)
                 self._release(extent.capacity)
         if not self:
-            self._memory.buffers.discard(self)
+            self._memory.buffers.pop(self, None)

@@ -15,7 +15,7 @@ from emberfs.meta import schema
 from emberfs.meta.metrics import DELETED, DELETED_WAITING
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.proto.errors import EmberfsError
-from emberfs.proto.ids import MS, SECOND, InodeId
+from emberfs.proto.ids import MS, SECOND, ChainId, InodeId
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
 from emberfs.runtime.tasks import TaskSet
@@ -99,11 +99,16 @@ class Collector:
     async def _collect_batch(self, rows: list[tuple[bytes, bytes]]) -> set[bytes]:
         gate = asyncio.Semaphore(FILES_AT_ONCE)
 
-        async def one(row: tuple[bytes, bytes]) -> bytes | None:
+        async def one(row: tuple[bytes, bytes]) -> tuple[bytes, list[ChainId]] | None:
             async with gate:
-                return row[0] if await self._remove_chunks(row) else None
+                chains = await self._remove_chunks(row)
+                return None if chains is None else (row[0], chains)
 
-        done = {key for key in await asyncio.gather(*map(one, rows)) if key is not None}
+        removed = [found for found in await asyncio.gather(*map(one, rows)) if found is not None]
+        done = {key for key, _ in removed}
+        touched = sorted({chain for _, chains in removed for chain in chains})
+        if touched:
+            await self._chunks.flush(touched, CHUNK_TIMEOUT_NS)
 
         async def forget(txn: Transaction) -> None:
             for key in sorted(done):
@@ -114,17 +119,18 @@ class Collector:
             DELETED.inc(len(done))
         return done
 
-    async def _remove_chunks(self, row: tuple[bytes, bytes]) -> bool:
+    async def _remove_chunks(self, row: tuple[bytes, bytes]) -> list[ChainId] | None:
+        """Return the chains where there were chunks; None if it did not succeed."""
         inode = _inode_of(row)
         layout = schema.DELETED.decode(row[1]).layout
         await self._trims.settled(inode)  # a late cut could bring a chunk back
         try:
-            await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
+            chains = await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
         except EmberfsError as problem:
             self._note_failure(inode, problem)
-            return False
+            return None
         self._failed.pop(inode, None)
-        return True
+        return chains
 
     def _note_failure(self, inode: InodeId, problem: EmberfsError) -> None:
         failed = self._failed.get(inode)

@@ -1,6 +1,6 @@
 """Regular files: create, open, settle lengths, change attributes, truncate.
 
-A file's length is settled by its writers (SettleRequest) and cut by setattr. Shrinking raises
+A file's length is settled by its writers (SettleRequest) and cut by setattr. Cutting raises
 `truncate_version`, so that a length hint from before is recognised and ignored.
 """
 
@@ -80,7 +80,7 @@ async def _open_existing(
     _check_openable(inode)
     require(inode, request.caller, WRITE if request.write or request.truncate else READ)
     if request.truncate:
-        inode = await _set_length(txn, context, inode, 0, request.caller)
+        inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
         store_inode(txn, inode)
     return inode
 
@@ -168,7 +168,7 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
         _check_openable(inode)
         require(inode, request.caller, want)
         if request.truncate:
-            inode = await _set_length(txn, context, inode, 0, request.caller)
+            inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
             store_inode(txn, inode)
         _add_session(
             txn, inode.id, request.session, request.request.client, request.caller, request.write
@@ -193,18 +193,38 @@ def check_length(inode: Inode, length: int) -> None:
 
 
 async def _set_length(
-    txn: Transaction, context: Context, inode: Inode, length: int, caller: Caller
+    txn: Transaction,
+    context: Context,
+    inode: Inode,
+    length: int,
+    caller: Caller,
+    session: SessionId,
 ) -> Inode:
-    """Return the inode with a new length; what shrinks is recorded to be cut."""
+    """Return the inode with a new length; what may lie behind it is recorded to be cut.
+
+    `session` is the caller's own. Whoever else writes the file may have written behind the end that
+    is known here, and tells its length later.
+    """
     check_length(inode, length)
     version = inode.truncate_version
-    if length < inode.length:
+    if length < inode.length or await _is_written(txn, context, inode.id, session):
         await cut_behind(txn, inode, length)
         version += 1
     written = after_write(
         inode, privileged=is_privileged(caller), now_ns=context.env.wall_ns(), mtime_ns=None
     )
     return replace(written, length=length, truncate_version=version)
+
+
+async def _is_written(txn: Transaction, context: Context, inode: InodeId, but: SessionId) -> bool:
+    """Tell whether somebody else may still settle what is written behind the known end.
+
+    What the dead have left there is gone by now: clear_behind.
+    """
+    own = keys.session_key(inode, but)
+    rows = await txn.get_range(*keys.session_span(inode))
+    others = [schema.SESSION.decode(value) for key, value in rows if key != own]
+    return any(one.write and not context.clients.is_dead(one.client) for one in others)
 
 
 async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
@@ -217,7 +237,9 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         changed = inode
         if request.length is not None:
             await _check_truncate(txn, inode, request)
-            changed = await _set_length(txn, context, inode, request.length, request.caller)
+            changed = await _set_length(
+                txn, context, inode, request.length, request.caller, request.session
+            )
         changed = with_attributes(changed, request, context.env.wall_ns())
         store_inode(txn, changed)
         return InodeAnswer(changed)

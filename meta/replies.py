@@ -1,10 +1,13 @@
 """Remembered replies: a retried mutating call answers the same and does nothing twice.
 
-The record is written in the transaction of the call itself, so both exist or neither. Failed calls
-change nothing and are not remembered.
+The record is written in the transaction of the call itself, so both exist or neither. A call that
+failed or had nothing to change leaves no record. Its answer is remembered in memory only, so that a
+copy of the request that was held up on its way cannot take effect when the caller has gone on: what
+was sent to an earlier life of the server cannot arrive any more.
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -13,7 +16,7 @@ import msgspec
 from emberfs.kv import keys
 from emberfs.kv.transaction import Engine, Transaction
 from emberfs.meta import schema
-from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.errors import Code, EmberfsError, Reaction
 from emberfs.proto.ids import SECOND
 from emberfs.proto.meta_calls import RequestId
 from emberfs.proto.method import Method
@@ -26,6 +29,11 @@ A = TypeVar("A", bound=msgspec.Struct)
 KEPT_NS = 600 * SECOND
 SWEEP_NS = 15 * SECOND
 BATCH_ROWS = 512
+FRUITLESS_MAX = 65_536  # answers of calls without effect; the oldest go first
+
+
+class _OvertakenError(Exception):
+    """A copy of the call has ended without effect meanwhile."""
 
 
 class Replies:
@@ -40,6 +48,8 @@ class Replies:
         self._engine = engine
         self._base_ns = -env.now_ns()
         self._swept = b""  # nothing older is left: saves scanning over deleted rows
+        # What calls without effect were answered: a failure, or an encoded answer.
+        self._fruitless: OrderedDict[RequestId, EmberfsError | bytes] = OrderedDict()
 
     async def load(self) -> None:
         """Continue the clock of the records in the store."""
@@ -65,19 +75,53 @@ class Replies:
         """Run `work` in a transaction unless this request was answered before."""
         key = _key(request)
 
-        async def once(txn: Transaction) -> A:
+        async def once(txn: Transaction) -> tuple[A, bool]:
             value = await txn.get(key)
             if value is not None:
-                return _recall(method, request, value)
+                return _recall(method, request, value), True
             answer = await work(txn)
+            if request in self._fruitless:  # its caller has this answer and has gone on
+                raise _OvertakenError
             if txn.changes_something:
                 reply = schema.Reply(method.number, method.encode_answer(answer))
                 txn.set(key, schema.REPLY.encode(reply))
                 age = keys.reply_age_key(self._now_ns(), request.client, request.sequence)
                 txn.set(age, b"")
-            return answer
+                return answer, True
+            return answer, False
 
-        return await self._engine.run(once, durable=durable)
+        try:
+            answer, remembered = await self._engine.run(once, durable=durable)
+        except _OvertakenError:
+            return _repeat(method, self._fruitless[request])
+        except EmberfsError as problem:
+            if problem.reaction != Reaction.GIVE_UP:
+                raise
+            return await self._end_without_effect(method, request, problem)
+        if remembered:
+            return answer
+        return await self._end_without_effect(method, request, method.encode_answer(answer))
+
+    async def _end_without_effect(
+        self, method: Method[Any, A], request: RequestId, answer: EmberfsError | bytes
+    ) -> A:
+        """From here on no copy of the call has an effect; if one had, that is the answer."""
+        if request not in self._fruitless:
+            self._note(request, answer)
+
+        async def recall(txn: Transaction) -> bytes | None:
+            return await txn.get(keys.reply_key(request.client, request.sequence))
+
+        value = await self._engine.run(recall, read_only=True)
+        if value is None:
+            return _repeat(method, self._fruitless.get(request, answer))
+        self._fruitless.pop(request, None)
+        return _recall(method, request, value)
+
+    def _note(self, request: RequestId, answer: EmberfsError | bytes) -> None:
+        self._fruitless[request] = answer
+        if len(self._fruitless) > FRUITLESS_MAX:
+            self._fruitless.popitem(last=False)
 
     async def is_known(self, txn: Transaction, request: RequestId) -> bool:
         """Tell whether this request was answered before: what comes now is a late copy of it."""
@@ -124,3 +168,9 @@ def _recall(method: Method[Any, A], request: RequestId, value: bytes) -> A:
             f"request {request.client}/{request.sequence} was used before for another method",
         )
     return method.decode_answer(reply.body)
+
+
+def _repeat(method: Method[Any, A], answer: EmberfsError | bytes) -> A:
+    if isinstance(answer, EmberfsError):
+        raise EmberfsError(answer.code, answer.message)
+    return method.decode_answer(answer)

@@ -17,6 +17,7 @@ from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
 from emberfs.meta.format import open_file_system
 from emberfs.meta.metrics import CONFLICTS
+from emberfs.meta.orphans import Orphans
 from emberfs.meta.sessions import SessionSweeper
 from emberfs.proto.cluster import Node, NodeKind
 from emberfs.proto.errors import Code, EmberfsError
@@ -123,6 +124,9 @@ class MetaService:
         await context.load()
         cluster.routing.subscribe(lambda snapshot: context.clients.look())
         context.clients.look()
+        grace_ns = int(config.session_grace_s * SECOND)
+        orphans = Orphans(env, engine, cluster.chunkio, lambda: cluster.routing.snapshot, grace_ns)
+        await orphans.load()
         self._server = Server(
             env,
             handlers(context),
@@ -135,7 +139,6 @@ class MetaService:
         )
         await self._agent.start(timeout_ns)
         context.start()
-        grace_ns = int(config.session_grace_s * SECOND)
         sweeper = SessionSweeper(
             env,
             engine,
@@ -147,6 +150,7 @@ class MetaService:
         )
         context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")
+        self._tasks.spawn(orphans.live(), name="meta orphans")
         log.info("serving at %s", ", ".join(endpoints))
 
     def _node(self, endpoints: list[str]) -> Node:

@@ -1,8 +1,9 @@
 """Cutting the chunks of files that shrank.
 
 Crash windows: the new length and the trim record are one transaction; chunks are cut only when it
-is on stable storage; the record goes last. Whenever the server dies, the trim is found again at the
-next start and repeated (cutting twice is harmless).
+is on stable storage; the record goes last, when the cut is stable, and for good, before anybody is
+answered: a power cut that brought it back would repeat the cut on what was written since. Whenever
+the server dies before, the trim is found again at the next start and repeated.
 
 While a trim is pending, whoever would open the file, extend it or settle a length waits for it:
 otherwise the cut could take data that was written after the file shrank.
@@ -10,6 +11,7 @@ otherwise the cut could take data that was written after the file shrank.
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import Protocol
 
 from emberfs.kv import keys
@@ -18,7 +20,7 @@ from emberfs.meta import schema
 from emberfs.meta.metrics import TRIMS_PENDING
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Inode, Layout
-from emberfs.proto.ids import MS, SECOND, InodeId
+from emberfs.proto.ids import MS, SECOND, ChainId, InodeId
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
 from emberfs.runtime.tasks import TaskSet
@@ -36,14 +38,18 @@ class Chunks(Protocol):
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> None:
-        """Remove every chunk of the file from `first_index` on."""
+    ) -> list[ChainId]:
+        """Remove every chunk of the file from `first_index` on; returns the chains to flush."""
         ...
 
     async def truncate_chunk(
         self, inode: InodeId, layout: Layout, index: int, length: int, timeout_ns: int
-    ) -> None:
-        """Make a chunk `length` bytes long."""
+    ) -> list[ChainId]:
+        """Cut a chunk to `length` bytes; returns the chains to flush."""
+        ...
+
+    async def flush(self, chains: Iterable[ChainId], timeout_ns: int) -> None:
+        """Make what was done on these chains stable."""
         ...
 
     async def end_of(
@@ -52,11 +58,16 @@ class Chunks(Protocol):
         """Return where the last chunk from `first_index` on ends, in the file; 0: no chunk."""
         ...
 
+    async def inodes_on(
+        self, chain: ChainId, first: InodeId, stop: InodeId, timeout_ns: int
+    ) -> list[InodeId]:
+        """Return the inodes of [first, stop) that have chunks on a chain."""
+        ...
+
 
 async def cut_behind(txn: Transaction, inode: Inode, length: int) -> None:
     """Record that the file's chunks are to be cut at `length`; a caller that shrinks stores it."""
     assert inode.layout is not None
-    assert length <= inode.length
     key = keys.trim_key(inode.id)
     value = await txn.get(key)
     if value is not None:  # an earlier trim is still pending: one cut at the lower end does both
@@ -157,16 +168,18 @@ class Trims:
         index, rest = divmod(trim.length, trim.layout.chunk_bytes)
         chunks = self._chunks
         first = index + 1 if rest else index
-        await chunks.remove_chunks(inode, trim.layout, first, CHUNK_TIMEOUT_NS)
+        cut = await chunks.remove_chunks(inode, trim.layout, first, CHUNK_TIMEOUT_NS)
         if rest:
-            await chunks.truncate_chunk(inode, trim.layout, index, rest, CHUNK_TIMEOUT_NS)
+            cut += await chunks.truncate_chunk(inode, trim.layout, index, rest, CHUNK_TIMEOUT_NS)
+        if cut:
+            await chunks.flush(cut, CHUNK_TIMEOUT_NS)
 
     async def _forget(self, key: bytes, value: bytes) -> None:
         async def forget(txn: Transaction) -> None:
             if await txn.get(key) == value:  # else it shrank again: cut once more
                 txn.clear(key)
 
-        await self._engine.run(forget)
+        await self._engine.run(forget, durable=True)
 
     async def _live(self) -> None:
         backoff = Backoff(100 * MS, SCAN_NS)

@@ -191,7 +191,7 @@ class World:
     async def _live_meta(self, machine: Machine, env: SimEnv, number: int) -> None:
         config = MetaConfig(
             cluster=CLUSTER,
-            node=number,
+            node=100 + number,
             mgmtd=self.addresses,
             listen=(f"sim://{machine.name}:0",),
             data="/meta",

@@ -1,6 +1,6 @@
 """Many simulations on all cores, with the figures that docs/faults.md quotes.
 
-    python -m sim.many [COUNT] [--first 0] [--wall SECONDS] [--seconds 30] [--jobs N]
+    python -m sim.many [COUNT] [--first 0] [--wall SECONDS] [--seconds 30] [--jobs N] [--files]
 
 Ends with 1 if any seed failed; each of those is told in full, with the command that repeats it.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from sim.run import SECONDS, fix_hashes, simulate, tell
+from sim.run import SECONDS, fix_hashes, mood_of, simulate, tell
 
 
 @dataclass
@@ -56,11 +56,11 @@ class Summary:
         ]
 
 
-def one(seed: int, seconds: float) -> Summary:
+def one(seed: int, seconds: float, files: bool = False) -> Summary:
     """Simulate a seed; in a process of its own kind, so everything in the answer is small."""
     logging.disable(logging.CRITICAL)
     try:
-        outcome = simulate(seed, seconds=seconds)
+        outcome = simulate(seed, mood_of(seed, files), seconds)
     except Exception as problem:
         return Summary(1, failures=[f"seed {seed}: the simulator itself failed: {problem!r}"])
     return Summary(
@@ -75,12 +75,16 @@ def one(seed: int, seconds: float) -> Summary:
     )
 
 
-def many(seeds: Iterator[int], seconds: float, wall_s: float, jobs: int) -> Summary:
+def many(
+    seeds: Iterator[int], seconds: float, wall_s: float, jobs: int, files: bool = False
+) -> Summary:
     """Simulate until the seeds or the time are used up."""
     end_s = time.monotonic() + wall_s if wall_s else float("inf")
     total = Summary()
     with ProcessPoolExecutor(jobs, max_tasks_per_child=200) as pool:
-        running = {pool.submit(one, seed, seconds) for seed in itertools.islice(seeds, 2 * jobs)}
+        running = {
+            pool.submit(one, seed, seconds, files) for seed in itertools.islice(seeds, 2 * jobs)
+        }
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -90,7 +94,7 @@ def many(seeds: Iterator[int], seconds: float, wall_s: float, jobs: int) -> Summ
                 total.add(found)
             if time.monotonic() < end_s:
                 new = itertools.islice(seeds, len(done))
-                running |= {pool.submit(one, seed, seconds) for seed in new}
+                running |= {pool.submit(one, seed, seconds, files) for seed in new}
     return total
 
 
@@ -102,12 +106,14 @@ def main() -> int:
     parser.add_argument("--wall", type=float, default=0.0, help="stop after so many seconds")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults, virtual")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--files", action="store_true", help="the moods of names and files")
     options = parser.parse_args()
     if not options.count and not options.wall:
         parser.error("say how many, or --wall SECONDS")
     last = options.first + options.count if options.count else 1 << 60
     began_s = time.monotonic()
-    total = many(iter(range(options.first, last)), options.seconds, options.wall, options.jobs)
+    seeds = iter(range(options.first, last))
+    total = many(seeds, options.seconds, options.wall, options.jobs, options.files)
     print("\n".join(total.lines(time.monotonic() - began_s)))
     return 1 if total.failures else 0
 

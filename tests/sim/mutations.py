@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sim.moods import MOODS
-from sim.run import Outcome, simulate
+from sim.run import ALL_MOODS, Outcome, simulate
 
 SECONDS = 12.0
 _MISSING = object()
@@ -128,7 +127,7 @@ def mutation(
 def run_mutation(found: Mutation, seed: int, mood: str) -> Outcome:
     """Simulate a seed with the code broken."""
     with found.applied():
-        return simulate(seed, MOODS[mood], seconds=found.seconds)
+        return simulate(seed, ALL_MOODS[mood], seconds=found.seconds)
 
 
 def load() -> dict[str, Mutation]:
@@ -138,18 +137,14 @@ def load() -> dict[str, Mutation]:
         mutate_control,
         mutate_disk,
         mutate_failover,
+        mutate_files,
+        mutate_meta,
         mutate_recovery,
         mutate_replica,
     )
 
-    for module in (
-        mutate_replica,
-        mutate_recovery,
-        mutate_disk,
-        mutate_control,
-        mutate_client,
-        mutate_failover,
-    ):
+    chunks = (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client)
+    for module in (*chunks, mutate_failover, mutate_meta, mutate_files):
         assert module.__doc__
     return MUTATIONS
 
@@ -168,7 +163,10 @@ def _search(found: Mutation, tries: int, enough: int) -> None:
             hits += sign == "noticed"
             took = time.process_time() - one
             print(f"  {found.name}: {sign} seed {seed} {mood} {took:.1f} s {rules}", flush=True)
-            if sign == "noticed" and simulate(seed, MOODS[mood], seconds=found.seconds).violations:
+            if (
+                sign == "noticed"
+                and simulate(seed, ALL_MOODS[mood], seconds=found.seconds).violations
+            ):
                 print(f"  UNBROKEN CODE FAILS: seed {seed} {mood} {found.seconds}", flush=True)
                 hits -= 1
             if hits >= enough:

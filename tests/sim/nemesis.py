@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from emberfs.proto.cluster import PublicState
 from emberfs.proto.ids import MS, SECOND
@@ -12,7 +13,6 @@ from sim.disk import Fate
 from sim.machine import Machine
 from sim.moods import Mood
 from sim.tap import CONTROL, ROUTING, STORE, Message, Tap
-from sim.workload import PAUSE_NS, Workload
 
 HOUR_NS = 3600 * SECOND
 HEIR_SHARE = 0.8
@@ -36,10 +36,23 @@ HELD = (
 )
 
 
+class Load(Protocol):
+    """What a nemesis needs of the load: workload.Workload, files_load.FilesLoad."""
+
+    hot_share: float
+    pause_ns: int
+    cut_ns: int
+    sweep_share: float
+
+    def start(self, index: int) -> None:
+        """Let a client work."""
+        ...
+
+
 class Nemesis:
     """Injects the faults of a mood until told to stop; counts them by kind."""
 
-    def __init__(self, world: World, load: Workload, mood: Mood) -> None:
+    def __init__(self, world: World, load: Load, mood: Mood) -> None:
         self.world = world
         self.load = load
         self.mood = mood
@@ -55,6 +68,7 @@ class Nemesis:
         """Make faults for some time, then heal everything."""
         end_s = self.world.loop.time() + duration_s
         self._messages(on=self.mood.messages)
+        pause_ns = self.load.pause_ns
         if self.mood.hot:
             self.load.hot_share, self.load.pause_ns = HOT_SHARE, HOT_PAUSE_NS
             self.load.sweep_share = HOT_SWEEP_SHARE
@@ -77,7 +91,7 @@ class Nemesis:
         if left_s > 0:
             await asyncio.sleep(left_s)
         self._messages(on=False)
-        self.load.hot_share, self.load.pause_ns = 0.0, PAUSE_NS
+        self.load.hot_share, self.load.pause_ns = 0.0, pause_ns
         self.load.sweep_share = 0.0
         self.heal()
 
@@ -116,13 +130,22 @@ class Nemesis:
     # ------------------------------------------------------------ faults
 
     async def _one(self, kind: str) -> None:
-        victim = self._victim(kind)
+        group = [machine for machine in self.victims(kind) if machine.name not in self._broken]
+        victim = self.dice.choice(group) if group else None
         if victim is None:
             return
         self.counts[kind] += 1
         self._broken.add(victim.name)
         self._tell(f"{kind}: {victim.name}")
-        action: Callable[[Machine], Awaitable[None]] = {
+        try:
+            await self.actions()[kind](victim)
+        finally:
+            self._broken.discard(victim.name)
+            self._tell(f"{kind}: {victim.name} is over")
+
+    def actions(self) -> dict[str, Callable[[Machine], Awaitable[None]]]:
+        """What each kind of fault does to its victim."""
+        return {
             "kill storage": self._kill,
             "kill mgmtd": self._kill,
             "kill client": self._kill,
@@ -156,30 +179,23 @@ class Nemesis:
             "hold messages": self._hold,
             "hold messages of mgmtd": self._hold,
             "power cut of kv": self._cut_power,
-        }[kind]
-        try:
-            await action(victim)
-        finally:
-            self._broken.discard(victim.name)
-            self._tell(f"{kind}: {victim.name} is over")
+        }
 
     def _tell(self, what: str) -> None:
         self.story.append(f"{self.world.loop.time():10.6f} nemesis: {what}")
 
-    def _victim(self, kind: str) -> Machine | None:
+    def victims(self, kind: str) -> list[Machine]:
+        """Whom a kind of fault may hit."""
         world = self.world
         if kind in ("pause kv", "power cut of kv"):
-            group = [world.kv]
-        elif "mgmtd" in kind:
-            group = world.mgmtd
-        elif "client" in kind:
-            group = world.clients
-        elif kind == "wall clock step":
-            group = list(world.machines.values())
-        else:
-            group = world.storage
-        group = [machine for machine in group if machine.name not in self._broken]
-        return self.dice.choice(group) if group else None
+            return [world.kv]
+        if "mgmtd" in kind:
+            return world.mgmtd
+        if "client" in kind:
+            return world.clients
+        if kind == "wall clock step":
+            return list(world.machines.values())
+        return world.storage
 
     def _some_seconds(self) -> float:
         """Sometimes shorter than half a lease, sometimes longer than a whole one."""

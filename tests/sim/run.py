@@ -27,10 +27,13 @@ from sim.cluster import Shape, World, scrub_findings
 from sim.history import History, Op
 from sim.moods import MOODS, Mood
 from sim.nemesis import Nemesis
+from sim.nemesis_files import FILE_MOODS
+from sim.run_files import play_files
 from sim.violation import Violation, report
 from sim.workload import LAST_READERS, TIMEOUT_NS, Workload
 
 BOOT_NS = 30 * SECOND
+ALL_MOODS = MOODS | FILE_MOODS
 _UNREADABLE = (Code.CHECKSUM.name, Code.DISK.name)
 EXIT_NS = 90 * SECOND  # from the end of all faults until every replica must serve
 QUIET_S = 3.0
@@ -56,9 +59,10 @@ class Outcome:
     history: History = field(default_factory=History)
 
 
-def mood_of(seed: int) -> Mood:
-    """Seeds take the moods in turn."""
-    return list(MOODS.values())[seed % len(MOODS)]
+def mood_of(seed: int, files: bool = False) -> Mood:
+    """Seeds take the moods in turn: those of bare chunks, or those of names and files."""
+    moods = list((FILE_MOODS if files else MOODS).values())
+    return moods[seed % len(moods)]
 
 
 def shape_of(seed: int) -> Shape:
@@ -77,7 +81,10 @@ def simulate(seed: int, mood: Mood | None = None, seconds: float = SECONDS) -> O
     outcome = Outcome(seed, mood.name, seconds)
 
     async def main(loop: simloop.SimLoop) -> None:
-        await _play(loop, outcome, mood, seconds)
+        if mood.files:
+            await play_files(loop, outcome, mood, seconds, shape_of(seed))
+        else:
+            await _play(loop, outcome, mood, seconds)
         outcome.steps = loop.steps
         outcome.virtual_s = loop.time()
 
@@ -315,13 +322,15 @@ def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="sim.run", description=__doc__)
     parser.add_argument("seed", type=int)
-    parser.add_argument("--mood", choices=sorted(MOODS))
+    parser.add_argument("--mood", choices=sorted(ALL_MOODS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults, virtual")
     parser.add_argument("--trace", action="store_true", help="show the services' logs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO if options.trace else logging.CRITICAL)
     logging.getLogger().handlers[0].setFormatter(VirtualTime())
-    outcome = simulate(options.seed, MOODS[options.mood] if options.mood else None, options.seconds)
+    outcome = simulate(
+        options.seed, ALL_MOODS[options.mood] if options.mood else None, options.seconds
+    )
     if outcome.violations:
         print(tell(outcome))
         return 1

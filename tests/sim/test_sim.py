@@ -11,6 +11,8 @@ TESTS = Path(__file__).resolve().parent.parent
 SEEDS = 200
 SECONDS = 8.0  # of faults in each
 SLICES = 8
+FILE_SEEDS = 88  # of names and files: eleven of each mood
+FILE_SLICES = 4
 
 
 def _simulate(*arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -42,7 +44,16 @@ def test_no_seed_violates_a_promise(part: int) -> None:
     assert f"{count} histories" in ran.stdout
 
 
-@pytest.mark.parametrize("mood", ["everything", "power", "disk"])
+@pytest.mark.parametrize("part", range(FILE_SLICES))
+def test_no_seed_of_names_and_files_violates_a_promise(part: int) -> None:
+    count = FILE_SEEDS // FILE_SLICES
+    seeds = (str(count), "--first", str(part * count), "--seconds", str(SECONDS))
+    ran = _simulate("sim.many", *seeds, "--jobs", "1", "--files")
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-4000:]
+    assert f"{count} histories" in ran.stdout
+
+
+@pytest.mark.parametrize("mood", ["everything", "power", "disk", "meta storm", "files blackout"])
 def test_one_seed_is_one_history(mood: str) -> None:
     """In another process too: nothing hangs on addresses in memory or the time of day."""
     told = {_simulate("sim.run", "7", "--mood", mood, "--seconds", "10").stdout for _ in range(2)}

@@ -2,7 +2,7 @@
 
 import asyncio
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ from emberfs.proto.cluster import (
 )
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
-from emberfs.proto.ids import ROOT_INODE, InodeId, KiB
+from emberfs.proto.ids import ROOT_INODE, ChainId, InodeId, KiB
 from emberfs.runtime.real import RealEnv
 
 ROOT = calls.Caller(0, 0)
@@ -56,6 +56,7 @@ class FakeChunks:
 
     def __init__(self) -> None:
         self.chunks: dict[tuple[int, int], int] = {}
+        self.unflushed: dict[tuple[int, int], int] = {}  # what changes have replaced
         self.log: list[tuple[Any, ...]] = []
         self.error: EmberfsError | None = None
         self.gate: asyncio.Event | None = None
@@ -75,18 +76,32 @@ class FakeChunks:
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> None:
+    ) -> list[ChainId]:
         self.log.append(("remove", inode, first_index))
         await self._pass()
-        for key in [k for k in self.chunks if k[0] == inode and k[1] >= first_index]:
-            del self.chunks[key]
+        gone = [k for k in self.chunks if k[0] == inode and k[1] >= first_index]
+        for key in gone:
+            self.unflushed[key] = self.chunks.pop(key)
+        return [layout.chains[0]] if gone else []
 
     async def truncate_chunk(
         self, inode: InodeId, layout: Layout, index: int, length: int, timeout_ns: int
-    ) -> None:
+    ) -> list[ChainId]:
         self.log.append(("truncate", inode, index, length))
         await self._pass()
+        if (inode, index) in self.chunks:
+            self.unflushed[inode, index] = self.chunks[inode, index]
         self.chunks[inode, index] = length
+        return [layout.chains[0]]
+
+    async def flush(self, chains: Iterable[ChainId], timeout_ns: int) -> None:
+        await self._pass()
+        self.unflushed.clear()
+
+    def cut_power(self) -> None:
+        """What was not flushed is undone."""
+        self.chunks.update(self.unflushed)
+        self.unflushed.clear()
 
     async def end_of(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
@@ -95,6 +110,12 @@ class FakeChunks:
         await self._pass()
         found = {i: n for i, n in self.of(inode).items() if i >= first_index}
         return max((i * layout.chunk_bytes + n for i, n in found.items()), default=0)
+
+    async def inodes_on(
+        self, chain: int, first: InodeId, stop: InodeId, timeout_ns: int
+    ) -> list[InodeId]:
+        await self._pass()
+        return sorted({InodeId(inode) for inode, _ in self.chunks if first <= inode < stop})
 
 
 def chain(number: int, *states: PublicState) -> Chain:

@@ -251,6 +251,26 @@ def test_lease_is_counted_from_when_the_heartbeat_was_sent() -> None:
     run(story)
 
 
+def test_o2_a_lease_that_ran_out_whole_is_counted_when_it_is_renewed() -> None:
+    """Half a lease without an answer fences a server; a whole one makes a client look again."""
+
+    async def story() -> None:
+        fake = FakeMgmtd()
+        agent = Agent(RealEnv(), fake, storage())
+        assert not agent.is_member()
+        await agent.start(SECOND)
+        fake.problem = EmberfsError(Code.UNREACHABLE, "gone")
+        await until(lambda: not agent.lease_ok())
+        assert (agent.is_member(), agent.lapses) == (True, 0)
+        await until(lambda: not agent.is_member())
+        fake.problem = None
+        await until(agent.is_member)
+        assert agent.lapses == 1
+        await agent.close()
+
+    run(story)
+
+
 def test_a_lapsed_lease_asks_for_the_routing_of_its_return() -> None:
     async def story() -> None:
         fake = FakeMgmtd()

@@ -354,6 +354,103 @@ def test_writes_after_another_client_truncated_are_not_lost():
     run(test)
 
 
+def test_a_cut_that_is_heard_of_while_the_length_is_told_does_not_lose_it():
+    """Meta refuses a length of before the cut; that the cut was known by then changes nothing."""
+
+    async def test(world):
+        file = await make(world.client())
+        world.meta.change(file.inode_id, truncate_version=1, length=10)  # by somebody else
+        tell = file._services.metadata.settle
+
+        async def late(*args, **more):
+            file._services.metadata.settle = tell
+            file.state.note(world.meta.inodes[file.inode_id])
+            return await tell(*args, **more)
+
+        file._services.metadata.settle = late
+        await file.write(0, b"2" * 1000, direct=True)
+        await file.close()
+        assert world.meta.inodes[file.inode_id].length == 1000
+
+    run(test)
+
+
+def test_close_after_another_client_truncated_tells_the_length():
+    async def test(world):
+        ours, theirs = world.client(7), world.client(8)
+        file = await make(ours)
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        await theirs.truncate(ME, file.inode_id, 0)
+        await file.write(100, b"2" * 10)  # we do not know yet
+        await file.close()
+        assert world.meta.inodes[file.inode_id].length == 110
+
+    run(test)
+
+
+def test_r12_close_makes_a_truncation_stable():
+    """A file that was only truncated is as stable after close as one that was written."""
+
+    async def test(world):
+        file = await make(world.client())
+        await file.truncate(1000, ME)
+        await file.close()
+        assert world.meta.settled[-1].durable
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["fsync", "close"])
+def test_r12_a_truncation_that_a_power_cut_took_from_meta_is_told_again(how):
+    """What was written below the new end stays within the file."""
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"1" * 1000)
+        await file.truncate(2000, ME)
+        world.meta.change(file.inode_id, length=0)  # it was not stable
+        await (file.fsync() if how == "fsync" else file.close())
+        assert world.meta.inodes[file.inode_id].length == 2000
+        await file.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["fsync", "close"])
+def test_r12_a_length_that_a_power_cut_took_from_meta_is_told_again(how):
+    """What was told in passing is told again at fsync and close: only then it must be stable."""
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"1" * 1000, direct=True)
+        await file.state.settle(file.session)
+        world.meta.change(file.inode_id, length=0)  # the settlement was not stable
+        await (file.fsync() if how == "fsync" else file.close())
+        assert world.meta.inodes[file.inode_id].length == 1000
+        await file.close()
+
+    run(test)
+
+
+def test_r12_a_cut_that_a_power_cut_undid_does_not_hide_later_lengths():
+    """A truncate version seen here and lost at meta is given up when meta answers."""
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        lost = world.meta.change(file.inode_id, truncate_version=3, length=0)
+        file.state.note(lost)
+        world.meta.change(file.inode_id, truncate_version=0, length=1000)
+        await file.write(1000, b"2" * 10)
+        await file.fsync()
+        assert world.meta.inodes[file.inode_id].length == 1010
+        await file.close()
+
+    run(test)
+
+
 def test_explicit_mtime_survives_the_flush_of_earlier_writes():
     async def test(world):
         files = world.client()

@@ -120,7 +120,7 @@ def test_settle_takes_the_longest_length_of_this_truncate_version() -> None:
         assert (cut.length, cut.truncate_version) == (10, 1)
         assert (await w.settle(f.id, length=1000, truncate_version=0)).length == 10  # stale
         assert (await w.settle(f.id, length=30, truncate_version=1)).length == 30
-        grown = await w.setattr(f.id, length=5000)
+        grown = await w.setattr(f.id, length=5000, session=1)
         assert (grown.length, grown.truncate_version) == (5000, 1)
         timed = await w.settle(f.id, mtime_ns=7, atime_ns=8)
         assert (timed.mtime_ns, timed.atime_ns, timed.length) == (7, 8, 5000)
@@ -159,7 +159,7 @@ def test_truncate_cuts_chunks(length: int, left: dict[int, int], asked: list[obj
         f = await w.create(b"f")
         w.chunks.put(f.id, CHUNK, CHUNK, 100)
         await w.settle(f.id, length=2 * CHUNK + 100)
-        await w.setattr(f.id, length=length)
+        await w.setattr(f.id, length=length, session=1)
         assert w.chunks.of(f.id) == left
         assert [(entry[0], *entry[2:]) for entry in w.chunks.log] == asked
         assert w.rows(keys.Prefix.TRIM) == []
@@ -172,7 +172,7 @@ def test_opening_with_truncation(how: str) -> None:
     async def scene(w: World) -> None:
         f = await w.create(b"f")
         w.chunks.put(f.id, CHUNK)
-        await w.settle(f.id, length=CHUNK)
+        await w.settle(f.id, length=CHUNK, close=True)
         if how == "open":
             opened = await w.open_file(f.id, 5, write=True, truncate=True)
         else:
@@ -182,6 +182,67 @@ def test_opening_with_truncation(how: str) -> None:
         again = await w.create(b"f", session=5, truncate=True)
         assert again.truncate_version == 1  # nothing to cut: no chunk is touched
         assert [entry[0] for entry in w.chunks.log] == ["remove", "end"]
+
+    play(scene)
+
+
+@pytest.mark.parametrize("how", ["setattr", "open", "create"])
+def test_o2_o17_a_cut_takes_what_a_writer_elsewhere_never_told(how: str) -> None:
+    """Truncating a file also removes what another writer, perhaps dead, wrote behind its end."""
+
+    async def scene(w: World) -> None:
+        f = await w.create(b"f")
+        w.chunks.put(f.id, CHUNK, 100)  # written, and its length not settled yet
+        wanted = {"setattr": 10, "open": 0, "create": 0}[how]
+        if how == "setattr":
+            cut = await w.setattr(f.id, length=wanted)
+        elif how == "open":
+            cut = await w.open_file(f.id, 5, write=True, truncate=True)
+        else:
+            cut = await w.create(b"f", session=5, truncate=True)
+        assert w.chunks.of(f.id) == ({0: wanted} if wanted else {})
+        assert (await w.settle(f.id, length=CHUNK + 100)).length == wanted  # too late
+        assert (cut.length, cut.truncate_version) == (wanted, 1)
+
+    play(scene)
+
+
+def test_s1_r12_cuts_and_removals_are_stable_before_they_are_forgotten() -> None:
+    """When the power of the storage fails, no chunk comes back that nobody would remove again."""
+
+    async def scene(w: World) -> None:
+        f, g = await w.create(b"f"), await w.create(b"g", session=2)
+        for inode in (f, g):
+            w.chunks.put(inode.id, CHUNK, CHUNK)
+        await w.settle(f.id, length=2 * CHUNK)
+        await w.setattr(f.id, length=10)
+        w.chunks.cut_power()
+        assert w.chunks.of(f.id) == {0: 10}
+        await w.settle(g.id, session=2, close=True)
+        await w.unlink(b"g")
+        assert await w.context.collector.collect() == 1
+        w.chunks.cut_power()
+        assert w.chunks.of(g.id) == {}
+
+    play(scene)
+
+
+def test_o6_r12_a_power_cut_does_not_repeat_a_finished_cut() -> None:
+    """What is written after a truncation was answered stays, also when the power fails then."""
+
+    async def scene(w: World) -> None:
+        f = await w.create(b"f")
+        w.chunks.put(f.id, CHUNK)
+        await w.settle(f.id, length=CHUNK)
+        await w.setattr(f.id, length=0, session=1)
+        w.chunks.put(f.id, 500)
+        await w.context.close()
+        w.store.crash()  # type: ignore[attr-defined]
+        w.boot()
+        await w.open()
+        w.context.start()
+        await w.open_file(f.id, 6)  # would wait for a cut
+        assert w.chunks.of(f.id) == {0: 500}
 
     play(scene)
 
@@ -315,9 +376,9 @@ def test_s1_o6_chunks_go_only_after_the_deletion_is_stable() -> None:
         unsynced: list[int] = []
         original = w.chunks.remove_chunks
 
-        async def watched(*args: object) -> None:
+        async def watched(*args: object) -> object:
             unsynced.append(w.store.unsynced_count)  # type: ignore[attr-defined]
-            await original(*args)  # type: ignore[arg-type]
+            return await original(*args)  # type: ignore[arg-type]
 
         w.chunks.remove_chunks = watched  # type: ignore[method-assign, assignment]
         await collected(w)

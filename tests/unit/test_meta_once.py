@@ -14,7 +14,7 @@ import pytest
 from emberfs.kv import keys
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.transaction import Transaction
-from emberfs.meta import files, namespace, rename, xattr
+from emberfs.meta import files, namespace, rename, replies, xattr
 from emberfs.meta.format import open_file_system
 from emberfs.meta.rename import EXCHANGE
 from emberfs.meta.replies import BATCH_ROWS
@@ -135,13 +135,48 @@ def test_an_id_is_good_for_one_method_only() -> None:
     play(scene)
 
 
-def test_failed_calls_are_not_remembered() -> None:
+def test_c9_a_late_copy_of_a_call_without_effect_has_none() -> None:
+    """A copy of a failed call that was held up does nothing when it would succeed by now."""
+
     async def scene(w: World) -> None:
-        request = calls.RemoveRequest(ROOT, ID, ROOT_INODE, b"x", directory=False)
-        await fails(Code.NOT_FOUND, namespace.remove(w.context, request))
-        await w.file(b"x")
-        await namespace.remove(w.context, request)
-        assert await w.names() == []
+        wanted = calls.RemoveRequest(ROOT, ID, ROOT_INODE, b"x", directory=False)
+        await fails(Code.NOT_FOUND, namespace.remove(w.context, wanted))
+        f = await w.file(b"x")
+        await fails(Code.NOT_FOUND, namespace.remove(w.context, wanted))
+        await w.link(f.id, b"y")
+        again = calls.RequestId(CLIENT, 901)
+        move = calls.RenameRequest(ROOT, again, ROOT_INODE, b"x", ROOT_INODE, b"y")
+        await rename.rename(w.context, move)  # two names of one file: nothing to do
+        await w.unlink(b"y")
+        await rename.rename(w.context, move)
+        assert await w.names() == [b"x"]
+
+    play(scene)
+
+
+def test_c9_a_copy_that_fails_while_another_succeeds(yielding: None) -> None:
+    """Of two copies at the same time both tell what took effect, in whatever order they end."""
+
+    async def scene(w: World) -> None:
+        for turn in range(20):
+            name, number = b"n%d" % turn, calls.RequestId(CLIENT, 1000 + turn)
+            wanted = calls.RemoveRequest(ROOT, number, ROOT_INODE, name, directory=False)
+            copies = (namespace.remove(w.context, wanted) for _ in range(3))
+            ended = await asyncio.gather(*copies, w.file(name), return_exceptions=True)
+            told = {isinstance(one, EmberfsError) for one in ended[:3]}
+            assert len(told) == 1
+            assert (name in await w.names()) == told.pop()
+
+    play(scene)
+
+
+def test_answers_without_effect_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "FRUITLESS_MAX", 3)
+
+    async def scene(w: World) -> None:
+        for _ in range(5):
+            await fails(Code.NOT_FOUND, w.unlink(b"x"))
+        assert len(w.context.replies._fruitless) == 3
 
     play(scene)
 

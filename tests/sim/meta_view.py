@@ -1,0 +1,57 @@
+"""What the store of the simulated metadata server holds: the tree, replies, what is left to do."""
+
+import stat
+from typing import NamedTuple
+
+from emberfs.kv import keys
+from emberfs.kv.memory import MemoryStore
+from emberfs.meta import schema
+from sim.check_lives import Seen
+from sim.check_tree import DIRECTORY, FILE, Node, Place
+from sim.machine import Machine
+from sim.names_record import reply_in_words
+
+STORE = "/meta/kv"
+
+
+class Leftover(NamedTuple):
+    """A record that should have gone in the end."""
+
+    kind: str
+    inode: int
+    client: int = 0  # of a session
+
+
+def store_of(machine: Machine) -> MemoryStore:
+    """The rows of a metadata server, as its disk has them now."""
+    return machine.disk.stores.setdefault(STORE, MemoryStore())
+
+
+def seen_of(store: MemoryStore) -> Seen:
+    """Return the namespace of this instant, and which requests have taken effect."""
+    tree: dict[Place, Node] = {}
+    for key, value in _rows(store, keys.Prefix.ENTRY):
+        entry = schema.ENTRY.decode(value)
+        kind = DIRECTORY if stat.S_ISDIR(entry.mode) else FILE
+        parent = int.from_bytes(key[1:9], "big")
+        tree[parent, keys.entry_name(key).decode()] = (kind, entry.inode)
+    answers = {}
+    for key, value in _rows(store, keys.Prefix.REPLY):
+        client, sequence = int.from_bytes(key[1:9], "big"), int.from_bytes(key[9:17], "big")
+        answers[client, sequence] = reply_in_words(schema.REPLY.decode(value))
+    return Seen(tree, answers)
+
+
+def leftovers(store: MemoryStore) -> list[Leftover]:
+    """Sessions, deletions and trims that are recorded now."""
+    found = []
+    for key, value in _rows(store, keys.Prefix.SESSION):
+        inode, _ = keys.unpack_session_key(key)
+        found.append(Leftover("session", inode, schema.SESSION.decode(value).client))
+    for prefix, kind in ((keys.Prefix.DELETED, "deletion"), (keys.Prefix.TRIM, "trim")):
+        found += [Leftover(kind, keys.unpack_inode_suffix(k)) for k, _ in _rows(store, prefix)]
+    return found
+
+
+def _rows(store: MemoryStore, prefix: keys.Prefix) -> list[tuple[bytes, bytes]]:
+    return store.scan(*keys.span_of(bytes(prefix.value)))
