@@ -11,6 +11,7 @@ import pytest
 
 from sim.mutations import MUTATIONS, Patch, load, run_mutation
 from sim.pinned import PINNED, SLOW, UNNOTICED
+from sim.scenario import quiet_burial
 
 load()
 TRIES = 2  # further seeds, should the pinned one not notice any more
@@ -50,7 +51,8 @@ def test_mutation_is_noticed(name: str) -> None:
         pytest.skip("takes long to notice; EMBERFS_SIM=long runs it")
     mutation, seen = MUTATIONS[name], set()
     for seed, mood in [PINNED[name], *list(mutation.attempts(TRIES))]:
-        outcome = run_mutation(mutation, seed, mood)
+        with quiet_burial():
+            outcome = run_mutation(mutation, seed, mood)
         if mutation.noticed(outcome):
             return
         seen |= {violation.rule for violation in outcome.violations}
