@@ -13,6 +13,7 @@ import pytest
 from sim import situations
 from sim.mutations import MUTATIONS, Patch, load, run_mutation
 from sim.pinned import DIRECTED, PINNED, SLOW, UNNOTICED
+from sim.scenario import quiet_burial
 
 load()
 TRIES = 2  # further seeds, should the pinned one not notice any more
@@ -69,7 +70,8 @@ def test_mutation_is_noticed_by_dice(name: str) -> None:
         pytest.skip("takes long to notice; EMBERFS_SIM=long runs it")
     mutation, seen = MUTATIONS[name], set()
     for seed, mood in [PINNED[name], *list(mutation.attempts(TRIES))]:
-        outcome = run_mutation(mutation, seed, mood)
+        with quiet_burial():
+            outcome = run_mutation(mutation, seed, mood)
         if mutation.noticed(outcome):
             return
         seen |= {violation.rule for violation in outcome.violations}
