@@ -19,7 +19,7 @@ from emberfs.proto.ids import KiB
 from emberfs.proto.storage_calls import UPDATE
 from sim.hand import Hand
 from sim.machine import Machine
-from sim.nemesis import HELD
+from sim.nemesis import FATES, HELD
 from sim.run import Outcome, fix_hashes
 from sim.scenario import Scene, stage
 from sim.situations import QUIET
@@ -40,6 +40,7 @@ THEMES: dict[str, tuple[str, ...]] = {
     "messages": (*_USE, *_LATE, "remove"),
     "deaths": (*_USE, *_LATE, "bounce", "away", "kill", "revive"),
     "partitions": (*_USE, *_LATE, "out of sight", "alone", "stall", "remove"),
+    "losses": (*_USE, *_LATE, "power", "blank"),
     "all": (*_USE, *_LATE, "bounce", "away", "out of sight", "alone", "stall", "long stall"),
 }
 
@@ -56,6 +57,7 @@ class Improvisation:
         self._taps: list[Tap] = []
         self._using: list[asyncio.Future[Any]] = []
         self._going: list[asyncio.Future[Any]] = []  # faults that end by themselves
+        self._losing = False
 
     async def run(self) -> None:
         """All steps, then the end of all faults."""
@@ -100,6 +102,8 @@ class Improvisation:
             "away": lambda: self._bounce(machine, 7),
             "out of sight": lambda: self._apart([machine], self._scene.world.mgmtd),
             "alone": lambda: self._alone(machine, hand),
+            "power": lambda: self._lose(machine, blank=False),
+            "blank": lambda: self._lose(machine, blank=True),
             "stall": lambda: self._stall(machine, 0.5),
             "long stall": lambda: self._stall(machine, 6),
         }
@@ -143,6 +147,24 @@ class Improvisation:
         machine.kill()
         await asyncio.sleep(pause_s)
         self._scene.revive(machine)
+
+    async def _lose(self, machine: Machine, *, blank: bool) -> None:
+        """One at a time: two that lose what was not flushed may lose it for good."""
+        scene, dice = self._scene, self._dice
+        if self._losing or not scene.world.complete():
+            return
+        self._losing = True
+        if blank:
+            machine.kill()
+            machine.disk.wipe()
+        else:
+            machine.disk.fate = dice.choice(FATES)
+            machine.power_cut()
+        await asyncio.sleep(dice.choice((0.3, 1, 7)))
+        scene.power_on(machine)
+        await asyncio.sleep(1)
+        await scene.until(scene.world.complete, 120)
+        self._losing = False
 
     async def _apart(self, side: list[Machine], others: list[Machine]) -> None:
         way = self._dice.choice(("both", "in", "out"))
