@@ -40,6 +40,8 @@ THEMES: dict[str, tuple[str, ...]] = {
     "messages": (*_USE, *_LATE, "remove"),
     "deaths": (*_USE, *_LATE, "bounce", "away", "kill", "revive"),
     "partitions": (*_USE, *_LATE, "out of sight", "alone", "stall", "remove"),
+    # In the end the power of all fails; what was flushed must be there.
+    "blackout": (*_USE, "flush", "flush", *_LATE, "stall", "bounce", "away"),
     "losses": (*_USE, *_LATE, "power", "blank"),
     "all": (*_USE, *_LATE, "bounce", "away", "out of sight", "alone", "stall", "long stall"),
 }
@@ -48,10 +50,11 @@ THEMES: dict[str, tuple[str, ...]] = {
 class Improvisation:
     """One script."""
 
-    def __init__(self, scene: Scene, dice: random.Random, steps: tuple[str, ...]) -> None:
+    def __init__(self, scene: Scene, dice: random.Random, theme: str) -> None:
         self._scene = scene
         self._dice = dice
-        self._steps = steps
+        self._theme = theme
+        self._steps = THEMES[theme]
         self._hands = [scene.hand(number) for number in range(3)]
         self._place = self._hands[0].place()
         self._taps: list[Tap] = []
@@ -64,6 +67,8 @@ class Improvisation:
         for _ in range(STEPS):
             await self._step(self._dice.choice(self._steps))
             await asyncio.sleep(self._dice.choice(self._pauses()))
+        if self._theme == "blackout":
+            await self._blackout()
         for tap in self._taps:
             tap.release()
         await asyncio.gather(*self._going)
@@ -71,6 +76,9 @@ class Improvisation:
             machine.stalled = ""
             self._scene.revive(machine)
         await asyncio.gather(*self._using)
+        await asyncio.sleep(1)  # until it is known who is back
+        await self._scene.all_serve()
+        await self._sweep(self._hands[0])
 
     def _pauses(self) -> tuple[float, ...]:
         """Let nobody be overwhelmed: a hand's operations wait for each other."""
@@ -166,6 +174,20 @@ class Improvisation:
         await scene.until(scene.world.complete, 120)
         self._losing = False
 
+    async def _blackout(self) -> None:
+        scene, dice, hand = self._scene, self._dice, self._hands[0]
+        machines = list(scene.world.storage)
+        if dice.random() < 0.3:  # something that nobody has flushed by chance
+            await hand.write(self._place, dice.randrange(12 * KiB), 4096, 2)
+            await hand.flush(self._place, 2)
+        fates = {machine.name: dice.choice(FATES[1:]) for machine in machines}
+        await scene.blackout(FATES[1], **fates)
+        await asyncio.sleep(dice.choice((0.5, 8)))
+        dice.shuffle(machines)
+        for machine in machines:
+            scene.power_on(machine)
+            await asyncio.sleep(dice.choice((0.1, 1, 4)))
+
     async def _apart(self, side: list[Machine], others: list[Machine]) -> None:
         way = self._dice.choice(("both", "in", "out"))
         async with self._scene.cut(side, others, way):
@@ -176,7 +198,7 @@ class Improvisation:
         machines = list(self._scene.world.storage)
         self._dice.shuffle(machines)
         for machine in machines:
-            await hand.read(self._place, 1, at=machine)
+            await hand.read(self._place, 2, at=machine)
 
     async def _alone(self, machine: Machine, hand: Hand) -> None:
         """A replica and a client see nobody else; it is read there, and written elsewhere."""
@@ -199,7 +221,7 @@ def improvise(seed: int, theme: str) -> Outcome:
 
     async def script(scene: Scene) -> None:
         dice = scene.world.dice_of("improvisation")
-        await Improvisation(scene, dice, THEMES[theme]).run()
+        await Improvisation(scene, dice, theme).run()
 
     return stage(script, seed=seed, shape=QUIET, load=False, errors=True)
 
