@@ -19,7 +19,7 @@ from emberfs.proto.ids import KiB
 from emberfs.proto.storage_calls import UPDATE
 from sim.hand import Hand
 from sim.machine import Machine
-from sim.nemesis import HELD
+from sim.nemesis import FATES, HELD
 from sim.run import Outcome, fix_hashes
 from sim.scenario import Scene, stage
 from sim.situations import QUIET
@@ -40,6 +40,9 @@ THEMES: dict[str, tuple[str, ...]] = {
     "messages": (*_USE, *_LATE, "remove"),
     "deaths": (*_USE, *_LATE, "bounce", "away", "kill", "revive"),
     "partitions": (*_USE, *_LATE, "out of sight", "alone", "stall", "remove"),
+    # In the end the power of all fails; what was flushed must be there.
+    "blackout": (*_USE, "flush", "flush", *_LATE, "stall", "bounce", "away"),
+    "losses": (*_USE, *_LATE, "power", "blank"),
     "all": (*_USE, *_LATE, "bounce", "away", "out of sight", "alone", "stall", "long stall"),
 }
 
@@ -47,21 +50,25 @@ THEMES: dict[str, tuple[str, ...]] = {
 class Improvisation:
     """One script."""
 
-    def __init__(self, scene: Scene, dice: random.Random, steps: tuple[str, ...]) -> None:
+    def __init__(self, scene: Scene, dice: random.Random, theme: str) -> None:
         self._scene = scene
         self._dice = dice
-        self._steps = steps
+        self._theme = theme
+        self._steps = THEMES[theme]
         self._hands = [scene.hand(number) for number in range(3)]
         self._place = self._hands[0].place()
         self._taps: list[Tap] = []
         self._using: list[asyncio.Future[Any]] = []
         self._going: list[asyncio.Future[Any]] = []  # faults that end by themselves
+        self._losing = False
 
     async def run(self) -> None:
         """All steps, then the end of all faults."""
         for _ in range(STEPS):
             await self._step(self._dice.choice(self._steps))
             await asyncio.sleep(self._dice.choice(self._pauses()))
+        if self._theme == "blackout":
+            await self._blackout()
         for tap in self._taps:
             tap.release()
         await asyncio.gather(*self._going)
@@ -69,6 +76,9 @@ class Improvisation:
             machine.stalled = ""
             self._scene.revive(machine)
         await asyncio.gather(*self._using)
+        await asyncio.sleep(1)  # until it is known who is back
+        await self._scene.all_serve()
+        await self._sweep(self._hands[0])
 
     def _pauses(self) -> tuple[float, ...]:
         """Let nobody be overwhelmed: a hand's operations wait for each other."""
@@ -100,6 +110,8 @@ class Improvisation:
             "away": lambda: self._bounce(machine, 7),
             "out of sight": lambda: self._apart([machine], self._scene.world.mgmtd),
             "alone": lambda: self._alone(machine, hand),
+            "power": lambda: self._lose(machine, blank=False),
+            "blank": lambda: self._lose(machine, blank=True),
             "stall": lambda: self._stall(machine, 0.5),
             "long stall": lambda: self._stall(machine, 6),
         }
@@ -144,6 +156,38 @@ class Improvisation:
         await asyncio.sleep(pause_s)
         self._scene.revive(machine)
 
+    async def _lose(self, machine: Machine, *, blank: bool) -> None:
+        """One at a time: two that lose what was not flushed may lose it for good."""
+        scene, dice = self._scene, self._dice
+        if self._losing or not scene.world.complete():
+            return
+        self._losing = True
+        if blank:
+            machine.kill()
+            machine.disk.wipe()
+        else:
+            machine.disk.fate = dice.choice(FATES)
+            machine.power_cut()
+        await asyncio.sleep(dice.choice((0.3, 1, 7)))
+        scene.power_on(machine)
+        await asyncio.sleep(1)
+        await scene.until(scene.world.complete, 120)
+        self._losing = False
+
+    async def _blackout(self) -> None:
+        scene, dice, hand = self._scene, self._dice, self._hands[0]
+        machines = list(scene.world.storage)
+        if dice.random() < 0.3:  # something that nobody has flushed by chance
+            await hand.write(self._place, dice.randrange(12 * KiB), 4096, 2)
+            await hand.flush(self._place, 2)
+        fates = {machine.name: dice.choice(FATES[1:]) for machine in machines}
+        await scene.blackout(FATES[1], **fates)
+        await asyncio.sleep(dice.choice((0.5, 8)))
+        dice.shuffle(machines)
+        for machine in machines:
+            scene.power_on(machine)
+            await asyncio.sleep(dice.choice((0.1, 1, 4)))
+
     async def _apart(self, side: list[Machine], others: list[Machine]) -> None:
         way = self._dice.choice(("both", "in", "out"))
         async with self._scene.cut(side, others, way):
@@ -154,7 +198,7 @@ class Improvisation:
         machines = list(self._scene.world.storage)
         self._dice.shuffle(machines)
         for machine in machines:
-            await hand.read(self._place, 1, at=machine)
+            await hand.read(self._place, 2, at=machine)
 
     async def _alone(self, machine: Machine, hand: Hand) -> None:
         """A replica and a client see nobody else; it is read there, and written elsewhere."""
@@ -177,7 +221,7 @@ def improvise(seed: int, theme: str) -> Outcome:
 
     async def script(scene: Scene) -> None:
         dice = scene.world.dice_of("improvisation")
-        await Improvisation(scene, dice, THEMES[theme]).run()
+        await Improvisation(scene, dice, theme).run()
 
     return stage(script, seed=seed, shape=QUIET, load=False, errors=True)
 
