@@ -52,10 +52,10 @@ fuzz: $(VENV)/installed-test   ## coverage-guided fuzzing of every decoder (SECO
 	@$(BIN)/python tests/fuzz/atheris_targets.py -max_total_time=$(or $(SECONDS),60) -max_len=4096 -artifact_prefix=$(or $(TMPDIR),/tmp)/
 
 sim: $(VENV)/installed-test    ## one simulated history, told in full if it fails (SEED=1 MOOD=everything SECONDS=30)
-	@cd tests && $(abspath $(BIN))/python -m sim.run $(or $(SEED),1) $(if $(MOOD),--mood $(MOOD)) --seconds $(or $(SECONDS),30)
+	@cd tests && $(abspath $(BIN))/python -m sim.run $(or $(SEED),1) $(if $(MOOD),--mood '$(MOOD)') --seconds $(or $(SECONDS),30)
 
 sim-long: $(VENV)/installed-test  ## simulated histories on all cores (SECONDS=3600 of wall time, FIRST=seed)
-	@cd tests && $(abspath $(BIN))/python -m sim.many --wall $(or $(SECONDS),3600) --first $(or $(FIRST),0)
+	@cd tests && $(abspath $(BIN))/python -m sim.many --kinds chunks,files,scripts --wall $(or $(SECONDS),3600) --first $(or $(FIRST),0)
 
 model: $(VENV)/installed-test  ## the chain protocol in spin, exhaustively for the stated bounds (minutes)
 	@$(BIN)/python tests/model/run.py full

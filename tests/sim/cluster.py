@@ -264,9 +264,16 @@ class World:
 
     async def until_serving(self, bound_ns: int) -> bool:
         """Wait until all replicas serve; False if that takes longer than `bound_ns`."""
+        return await self._until(self.serving, bound_ns)
+
+    async def until_complete(self, bound_ns: int) -> bool:
+        """Wait until all replicas serve in their own opinion too, as mgmtd may be behind."""
+        return await self._until(self.complete, bound_ns)
+
+    async def _until(self, condition: Callable[[], bool], bound_ns: int) -> bool:
         end_s = self.loop.time() + bound_ns / 1e9
         while self.loop.time() < end_s:
-            if self.serving():
+            if condition():
                 return True
             await _pause()
         return False

@@ -223,7 +223,10 @@ def improvise(seed: int, theme: str) -> Outcome:
         dice = scene.world.dice_of("improvisation")
         await Improvisation(scene, dice, theme).run()
 
-    return stage(script, seed=seed, shape=QUIET, load=False, errors=True)
+    outcome = stage(script, seed=seed, shape=QUIET, load=False, errors=True)
+    outcome.mood = f"improvised {theme}"
+    outcome.again = f"cd tests && python -m sim.improvise --first {seed} --count 1 --theme {theme}"
+    return outcome
 
 
 def main() -> int:

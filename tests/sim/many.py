@@ -1,6 +1,7 @@
 """Many simulations on all cores, with the figures that docs/faults.md quotes.
 
-    python -m sim.many [COUNT] [--first 0] [--wall SECONDS] [--seconds 30] [--jobs N] [--files]
+    python -m sim.many [COUNT] [--first 0] [--wall SECONDS] [--kinds chunks,files,scripts]
+                       [--seconds 30] [--jobs N]
 
 Ends with 1 if any seed failed; each of those is told in full, with the command that repeats it.
 """
@@ -16,7 +17,11 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from sim.run import SECONDS, fix_hashes, mood_of, simulate, tell
+from sim.improvise import THEMES, improvise
+from sim.lastwords import last_words
+from sim.run import SECONDS, Outcome, fix_hashes, mood_of, simulate, tell
+
+KINDS = ("chunks", "files", "scripts")  # moods of bare chunks, of names and files; improvised
 
 
 @dataclass
@@ -56,13 +61,28 @@ class Summary:
         ]
 
 
-def one(seed: int, seconds: float, files: bool = False) -> Summary:
-    """Simulate a seed; in a process of its own kind, so everything in the answer is small."""
+def play(kind: str, seed: int, seconds: float) -> Outcome:
+    """Play one history of a kind."""
+    if kind == "scripts":
+        themes = list(THEMES)
+        outcome = improvise(seed // len(themes), themes[seed % len(themes)])
+    else:
+        outcome = simulate(seed, mood_of(seed, kind == "files"), seconds)
+    return outcome
+
+
+def one(kind: str, seed: int, seconds: float) -> Summary:
+    """Play a history; in a process of its own kind, so everything in the answer is small."""
     logging.disable(logging.CRITICAL)
+
+    def again() -> Outcome:
+        return play(kind, seed, seconds)
+
     try:
-        outcome = simulate(seed, mood_of(seed, files), seconds)
+        outcome = again()
+        told = [tell(outcome, last_words(again))] if outcome.violations else []
     except Exception as problem:
-        return Summary(1, failures=[f"seed {seed}: the simulator itself failed: {problem!r}"])
+        return Summary(1, failures=[f"{kind} {seed}: the simulator itself failed: {problem!r}"])
     return Summary(
         1,
         outcome.operations,
@@ -71,19 +91,17 @@ def one(seed: int, seconds: float, files: bool = False) -> Summary:
         outcome.virtual_s,
         Counter([outcome.mood]),
         outcome.faults,
-        [tell(outcome)] if outcome.violations else [],
+        told,
     )
 
 
-def many(
-    seeds: Iterator[int], seconds: float, wall_s: float, jobs: int, files: bool = False
-) -> Summary:
-    """Simulate until the seeds or the time are used up."""
+def many(work: Iterator[tuple[str, int]], seconds: float, wall_s: float, jobs: int) -> Summary:
+    """Play (kind, seed) after (kind, seed) until they or the time are used up."""
     end_s = time.monotonic() + wall_s if wall_s else float("inf")
     total = Summary()
     with ProcessPoolExecutor(jobs, max_tasks_per_child=200) as pool:
         running = {
-            pool.submit(one, seed, seconds, files) for seed in itertools.islice(seeds, 2 * jobs)
+            pool.submit(one, kind, seed, seconds) for kind, seed in itertools.islice(work, 2 * jobs)
         }
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -93,8 +111,8 @@ def many(
                     print(text, flush=True)
                 total.add(found)
             if time.monotonic() < end_s:
-                new = itertools.islice(seeds, len(done))
-                running |= {pool.submit(one, seed, seconds, files) for seed in new}
+                new = itertools.islice(work, len(done))
+                running |= {pool.submit(one, kind, seed, seconds) for kind, seed in new}
     return total
 
 
@@ -106,14 +124,17 @@ def main() -> int:
     parser.add_argument("--wall", type=float, default=0.0, help="stop after so many seconds")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of faults, virtual")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--files", action="store_true", help="the moods of names and files")
+    parser.add_argument("--kinds", default="chunks", help=f"of {', '.join(KINDS)}; by commas")
     options = parser.parse_args()
+    kinds = options.kinds.split(",")
+    if not set(kinds) <= set(KINDS):
+        parser.error(f"--kinds knows {', '.join(KINDS)}")
     if not options.count and not options.wall:
         parser.error("say how many, or --wall SECONDS")
     last = options.first + options.count if options.count else 1 << 60
     began_s = time.monotonic()
-    seeds = iter(range(options.first, last))
-    total = many(seeds, options.seconds, options.wall, options.jobs, options.files)
+    work = ((kind, seed) for seed in range(options.first, last) for kind in kinds)
+    total = many(work, options.seconds, options.wall, options.jobs)
     print("\n".join(total.lines(time.monotonic() - began_s)))
     return 1 if total.failures else 0
 

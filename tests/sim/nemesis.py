@@ -77,7 +77,7 @@ class Nemesis:
             await asyncio.sleep(self.dice.uniform(0.1, 4.0))
             if running and not self.mood.overlap:
                 await asyncio.wait(running)
-                await self.world.until_serving(40 * SECOND)
+                await self.world.until_complete(40 * SECOND)
             running = {task for task in running if not task.done()}
             if len(running) < 3:
                 kind = self.dice.choice(self.mood.faults)

@@ -11,6 +11,7 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -25,6 +26,7 @@ from sim.check_replicas import ChunkState, Replica, check_replicas
 from sim.check_versions import check_versions
 from sim.cluster import Shape, World, scrub_findings
 from sim.history import History, Op
+from sim.lastwords import last_words
 from sim.moods import MOODS, Mood
 from sim.nemesis import Nemesis
 from sim.nemesis_files import FILE_MOODS
@@ -57,6 +59,14 @@ class Outcome:
     violations: list[Violation] = field(default_factory=list)
     story: list[str] = field(default_factory=list)
     history: History = field(default_factory=History)
+    again: str = ""  # the command that repeats it, if it is not `make sim`
+
+    @property
+    def command(self) -> str:
+        """How to repeat it."""
+        return self.again or (
+            f"make sim SEED={self.seed} MOOD='{self.mood}' SECONDS={self.seconds:g}"
+        )
 
 
 def mood_of(seed: int, files: bool = False) -> Mood:
@@ -283,8 +293,8 @@ def _findings(world: World) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- command line
 
 
-def tell(outcome: Outcome) -> str:
-    """Everything that helps to understand a failing seed."""
+def tell(outcome: Outcome, words: Sequence[str] = ()) -> str:
+    """Everything that helps to understand a failing seed; `words`: see lastwords.py."""
     lines = [
         f"seed {outcome.seed} ({outcome.mood}) fails:",
         report(outcome.violations),
@@ -292,7 +302,8 @@ def tell(outcome: Outcome) -> str:
         *outcome.story[-30:],
         "the last operations:",
         *outcome.history.tail(20),
-        f"again: make sim SEED={outcome.seed} MOOD={outcome.mood} SECONDS={outcome.seconds:g}",
+        *(["what every machine said last:", *words] if words else []),
+        f"again: {outcome.command}",
     ]
     return "\n".join(lines)
 
@@ -328,11 +339,14 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO if options.trace else logging.CRITICAL)
     logging.getLogger().handlers[0].setFormatter(VirtualTime())
-    outcome = simulate(
-        options.seed, ALL_MOODS[options.mood] if options.mood else None, options.seconds
-    )
+    mood = ALL_MOODS[options.mood] if options.mood else None
+
+    def play() -> Outcome:
+        return simulate(options.seed, mood, options.seconds)
+
+    outcome = play()
     if outcome.violations:
-        print(tell(outcome))
+        print(tell(outcome, last_words(play)))
         return 1
     print(
         f"seed {outcome.seed} ({outcome.mood}): {outcome.operations} operations, "

@@ -247,6 +247,7 @@ def stage(
             await _guarded(outcome, _rest(scene))
         if not judged:
             work.history = type(work.history)()
+        outcome.virtual_s = loop.time()
         run._judge(world, work, outcome, mood, healed_ns)
 
     with quiet_burial():

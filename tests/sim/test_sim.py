@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from sim.lastwords import last_words
+from sim.moods import MOODS
+from sim.mutations import load
+from sim.run import Outcome, simulate, tell
+from sim.scenario import quiet_burial
+
 TESTS = Path(__file__).resolve().parent.parent
 SEEDS = 200
 SECONDS = 8.0  # of faults in each
@@ -48,7 +54,7 @@ def test_no_seed_violates_a_promise(part: int) -> None:
 def test_no_seed_of_names_and_files_violates_a_promise(part: int) -> None:
     count = FILE_SEEDS // FILE_SLICES
     seeds = (str(count), "--first", str(part * count), "--seconds", str(SECONDS))
-    ran = _simulate("sim.many", *seeds, "--jobs", "1", "--files")
+    ran = _simulate("sim.many", *seeds, "--jobs", "1", "--kinds", "files")
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-4000:]
     assert f"{count} histories" in ran.stdout
 
@@ -64,3 +70,19 @@ def test_one_seed_is_one_history(mood: str) -> None:
 def test_another_seed_is_another_history() -> None:
     told = [_simulate("sim.run", seed, "--mood", "calm", "--seconds", "3").stdout for seed in "12"]
     assert told[0].split("digest")[1] != told[1].split("digest")[1]
+
+
+def test_a_failing_seed_tells_how_to_repeat_it_and_what_every_server_said_last() -> None:
+    """Whoever reads it sees the violation, the faults, the machines' last lines, the command."""
+
+    def play() -> Outcome:
+        return simulate(0, MOODS["gentle"], 8)
+
+    with load()["successor_is_left_out"].applied(), quiet_burial():
+        outcome = play()
+        assert outcome.violations
+        text = tell(outcome, last_words(play))
+    assert "again: make sim SEED=0 MOOD='gentle' SECONDS=8" in text
+    _, _, rest = text.partition("what every machine said last:\n")
+    said = [line for line in rest.splitlines() if not line.startswith("again")]
+    assert {"stor1", "stor2", "stor3"} < {line.split()[1].partition(".")[0] for line in said}
