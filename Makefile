@@ -60,8 +60,9 @@ sim-long: $(VENV)/installed-test  ## simulated histories on all cores (SECONDS=3
 model: $(VENV)/installed-test  ## the chain protocol in spin, exhaustively for the stated bounds (minutes)
 	@$(BIN)/python tests/model/run.py full
 
-kill-matrix: $(VENV)/installed-test  ## kill and freeze every role of a real cluster under load (REPEAT=20)
-	@PYTHONPATH=tests $(BIN)/python tests/integration/kill_matrix.py $(or $(REPEAT),20)
+kill-matrix: $(VENV)/installed-test  ## kill and freeze every role of a real cluster under load (REPEAT=20 ROLES= SIGNALS=)
+	@PYTHONPATH=tests $(BIN)/python tests/integration/kill_matrix.py $(or $(REPEAT),20) $(or $(SEED),1) \
+	  $(or $(ROLES),head,middle,tail,meta,mgmtd) $(or $(SIGNALS),kill,freeze)
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py

@@ -1,6 +1,5 @@
 """The data-plane methods of a storage process, for all its targets."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
@@ -18,9 +17,7 @@ from emberfs.proto.ids import (
     ChainId,
     ChunkId,
     MiB,
-    NodeId,
     TargetId,
-    target_node,
 )
 from emberfs.proto.storage_calls import (
     FLUSH,
@@ -47,7 +44,7 @@ from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 from emberfs.storage.filling import Throttle
 from emberfs.storage.hoporder import HopOrder
-from emberfs.storage.hosted import HostedTarget, chain_of_target
+from emberfs.storage.hosted import HostedTarget
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.links import Links
 from emberfs.storage.metrics import (
@@ -56,7 +53,7 @@ from emberfs.storage.metrics import (
     UPDATES_OK,
     WRITTEN_BYTES,
 )
-from emberfs.storage.reach import LOOK_NS
+from emberfs.storage.reachwatch import ReachWatch
 from emberfs.storage.reads import Reader
 from emberfs.storage.repair import Repairer
 from emberfs.storage.replace import replace_replica
@@ -102,7 +99,7 @@ class StorageService:
         self._order = HopOrder()
         self._repairer = Repairer(env, self._links, self._buffers, self._chain, self._tasks)
         self._reader = Reader(env, self._replicas, self._links, lease_ok, self._repairer.damaged)
-        self._unreachable: dict[TargetId, tuple[TargetId, ...]] = {}
+        self._reach = ReachWatch(env, routing, self._links, targets, report_now)
         self._stopping = False
 
     def _chain(self, chain: ChainId) -> Chain | None:
@@ -147,7 +144,7 @@ class StorageService:
             await task
         self._note_replicas()
         self.apply(self._routing.snapshot)
-        self._tasks.spawn(self._watch_reach(), name="watching who answers")
+        self._tasks.spawn(self._reach.run(self._tasks), name="watching who answers")
         for hosted in self.targets.values():
             self._tasks.spawn(
                 hosted.keep_open(self._note_replicas), name=f"keeping target {hosted.target} open"
@@ -164,43 +161,11 @@ class StorageService:
     def reports(self) -> list[TargetReport]:
         """What the next heartbeat says of every target."""
         return [
-            msgspec.structs.replace(hosted.report(), unreachable=self._unreachable.get(target, ()))
+            msgspec.structs.replace(
+                hosted.report(), unreachable=self._reach.unreachable.get(target, ())
+            )
             for target, hosted in self.targets.items()
         ]
-
-    async def _watch_reach(self) -> None:
-        """Ping who does not answer, and tell mgmtd of who is silent for too long."""
-        reach, pings = self._links.reach, dict[NodeId, asyncio.Task[None]]()
-        while True:
-            await self._env.sleep_ns(LOOK_NS)
-            companions = self._companions()
-            others = {target_node(t): t for found in companions.values() for t in found}
-            reach.keep(others.keys())
-            now_ns = self._env.now_ns()
-            silent = reach.unreachable(now_ns)
-            unreachable = {
-                target: missed
-                for target, found in companions.items()
-                if (missed := tuple(other for other in found if target_node(other) in silent))
-            }
-            if unreachable != self._unreachable:
-                self._unreachable = unreachable
-                self._report_now()
-            pings = {node: task for node, task in pings.items() if not task.done()}
-            for node in reach.doubtful(now_ns):
-                if node in others and node not in pings:
-                    ping = self._links.ping(others[node])
-                    pings[node] = self._tasks.spawn(ping, name=f"ping {node}")
-
-    def _companions(self) -> dict[TargetId, list[TargetId]]:
-        """The other members of each target's chain, on nodes that are alive."""
-        snapshot, found = self._routing.snapshot, dict[TargetId, list[TargetId]]()
-        alive = {number for number, node in snapshot.nodes.items() if node.alive}
-        for target in self.targets:
-            chain = chain_of_target(snapshot, target)
-            members = chain.targets if chain is not None else ()
-            found[target] = [m.target for m in members if m.target != target and m.node in alive]
-        return found
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
         """Take over routing, unless we stop."""

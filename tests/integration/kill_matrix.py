@@ -1,6 +1,6 @@
 """The kill matrix: every service, in every role, killed and frozen at random moments under load.
 
-usage: python tests/integration/kill_matrix.py [REPEAT [SEED]]
+usage: python tests/integration/kill_matrix.py [REPEAT [SEED [ROLES [SIGNALS]]]]     (by commas)
 
 One chain of three storages (so that a storage has one role), a load through the library and one
 through the mount. After every outage: no operation failed, the history is linearizable and nothing
@@ -230,12 +230,14 @@ def main() -> None:
     """Run the long form."""
     repeat = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     first = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    roles = sys.argv[3].split(",") if len(sys.argv) > 3 else ROLES
+    signals = sys.argv[4].split(",") if len(sys.argv) > 4 else SIGNALS
     found: list[Outage] = []
     with one_chain() as cluster:
         try:
             for seed in range(first, first + repeat):
-                for role in ROLES:
-                    found += [outage(cluster, role, how, seed) for how in SIGNALS]
+                for role in roles:
+                    found += [outage(cluster, role, how, seed) for how in signals]
         finally:
             print(table(found))
 

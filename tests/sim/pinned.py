@@ -106,7 +106,6 @@ PINNED: dict[str, tuple[int, str]] = {
     "checksums_of_answers_are_ignored": (0, "messages"),
     "close_does_not_wait": (0, "files"),
     "committed_versions_are_in_memory": (0, "gentle"),
-    "cuts_forget_the_buffer": (0, "files"),
     "deleted_files_are_not_collected": (0, "names"),
     "directories_may_be_full": (4, "meta storm"),
     "directories_move_below_themselves": (11, "meta storm"),
@@ -153,6 +152,7 @@ UNNOTICED: frozenset[str] = frozenset(
         "caches_are_not_invalidated",
         "chunks_go_before_it_is_stable",
         "cuts_are_not_resumed",
+        "cuts_forget_the_buffer",  # a truncation drains the buffer first by now
         "cuts_keep_the_version",
         "cuts_take_what_is_known_only",
         "failures_are_performed_again",
