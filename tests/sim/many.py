@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -74,6 +75,7 @@ def play(kind: str, seed: int, seconds: float) -> Outcome:
 def one(kind: str, seed: int, seconds: float) -> Summary:
     """Play a history; in a process of its own kind, so everything in the answer is small."""
     logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # the killed leave them
 
     def again() -> Outcome:
         return play(kind, seed, seconds)
