@@ -45,7 +45,6 @@ def recovery_leaves_removed_chunks(patch: Patch) -> None:
 
     def make(original: Any) -> Any:
         def compare(own: Any, theirs: Any, stop: bytes) -> Any:
-            own = [row for row in own if row.version]
             mine = {row.chunk for row in own}
             return original(own, [row for row in theirs if row.chunk in mine], stop)
 
