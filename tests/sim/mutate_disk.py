@@ -208,7 +208,7 @@ def overwritten_blocks_leak(patch: Patch) -> None:
     def make(original: Any) -> Any:
         def write_rows(self: Any, changes: Any, rows: Any) -> None:
             rows = list(rows)
-            keep = [g for g in rows if self.allocator_bits(g) <= g.bits.bit_count()]
+            keep = [g for g in rows if bits(self, g) <= g.bits.bit_count()]
             original(self, changes, keep)
 
         return write_rows
@@ -219,7 +219,6 @@ def overwritten_blocks_leak(patch: Patch) -> None:
                 return int(found.bits.bit_count())
         return 0
 
-    patch.set(ChunkTable, "allocator_bits", bits)
     patch.wrap(ChunkTable, "write_rows", make)
 
 

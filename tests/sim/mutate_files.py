@@ -82,7 +82,7 @@ def caches_are_not_invalidated(patch: Patch) -> None:
 def cuts_forget_the_buffer(patch: Patch) -> None:
     """A truncation does not wait for writes that are under way."""
 
-    async def drain_for_cut(self: Any, length: int) -> None:
+    async def drain_for_cut(self: Any) -> None:
         return
 
     patch.set(FileState, "_drain_for_cut", drain_for_cut)

@@ -248,10 +248,10 @@ def cuts_keep_the_version(patch: Patch) -> None:
 def cuts_take_what_is_known_only(patch: Patch) -> None:
     """A truncation leaves what another writer has not told yet."""
 
-    async def has_writers(txn: Any, inode: Any, but: SessionId) -> bool:
+    async def is_written(txn: Any, context: Any, inode: Any, but: SessionId) -> bool:
         return False
 
-    patch.set(files, "_has_writers", has_writers)
+    patch.set(files, "_is_written", is_written)
 
 
 @mutation("meta power", CONTENT)
@@ -287,10 +287,6 @@ def cuts_are_not_resumed(patch: Patch) -> None:
 
     async def load(self: Any) -> None:
         return
-
-    async def perform(self: Any, inode: Any) -> None:
-        self._pending.add(inode)
-        await self.finish(inode)
 
     patch.set(Trims, "load", load)
 

@@ -7,6 +7,7 @@ python -m sim.mutations [NAME ...] [--tries 12]      look for the seeds that not
 """
 
 import argparse
+import inspect
 import logging
 import os
 import sys
@@ -29,7 +30,13 @@ class Patch:
         self._undo: list[Callable[[], None]] = []
 
     def set(self, owner: Any, name: str, value: object) -> None:
-        """Replace an attribute of a class or module."""
+        """Replace an attribute of a class or module.
+
+        One that is not there, or that is called otherwise: the product has moved on, and a mutation
+        that breaks nothing, or breaks every call, would pass for one that nobody notices.
+        """
+        present = getattr(owner, name)
+        assert _takes_calls_of(present, value), f"{owner.__name__}.{name} is called otherwise now"
         own = vars(owner).get(name, _MISSING)
 
         def back() -> None:
@@ -55,6 +62,23 @@ class Patch:
         """Put everything back."""
         while self._undo:
             self._undo.pop()()
+
+
+def _takes_calls_of(present: object, value: object) -> bool:
+    """Tell whether `value` can be called with all that `present` must be called with."""
+    if not (inspect.isfunction(present) and inspect.isfunction(value)):
+        return True
+    place, name = [], {}
+    for parameter in inspect.signature(present).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            name[parameter.name] = None
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            place += [None] if parameter.default is parameter.empty else []
+    try:
+        inspect.signature(value).bind(*place, **name)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What notices each mutation; see test_mutations.py.
 
-Of chunks and chains nothing stands here as unnoticed or as harmless: whoever adds a mutation adds
-its situation, or leaves it out and says in the code why that guard is a second one.
+Nothing stands here as unnoticed or as harmless: whoever adds a mutation adds its situation (or, of
+names and files, a seed), or leaves it out and says in the code why that guard is a second one.
 """
 
 # The situation (situations.py) that a mutation does not survive.
@@ -13,15 +13,21 @@ DIRECTED: dict[str, str] = {
     "blank_disk_stands_in": "an_empty_disk_returns_first_of_all",
     "blocks_are_free_before_it_is_stable": "power_fails_when_a_block_has_a_new_owner",
     "blocks_are_not_synced": "power_fails_just_after_a_replica_was_filled",
+    "caches_are_not_invalidated": "bytes_are_written_after_they_were_read_ahead",
     "chain_version_is_ignored": "a_client_knows_only_the_chain_of_before",
     "chain_versions_stay": "the_leader_dies_after_a_change_and_a_client_is_new",
     "checksums_are_not_compared": "a_byte_rots_at_the_head",
     "checksums_of_answers_are_ignored": "a_write_waits_between_head_and_middle",
+    "chunks_go_before_it_is_stable": "power_of_meta_fails_after_a_file_was_collected",
     "claims_do_not_wait": "the_leader_dies_after_a_change_and_a_client_is_new",
     "commit_before_forward": "a_write_waits_between_head_and_middle",
     "committed_versions_are_in_memory": "a_replica_that_missed_writes_returns_first",
     "completion_of_another_chain_counts": "a_replica_is_back_and_not_filled_yet",
     "content_is_not_compared": "replicas_hold_different_contents_under_one_version",
+    "cuts_are_not_resumed": "meta_and_a_client_die_amid_a_truncation",
+    "cuts_forget_the_buffer": "a_file_is_cut_while_its_bytes_are_buffered",
+    "cuts_keep_the_version": "a_writer_goes_on_after_another_client_has_cut_its_file",
+    "cuts_take_what_is_known_only": "a_file_is_cut_beyond_the_end_that_meta_knows",
     "dead_before_the_lease_is_over": "a_replica_is_cut_off_with_a_client",
     "deaths_of_earlier_lives_count": "a_process_is_back_before_its_death_is_reported",
     "discarded_blocks_leak": "two_replicas_return_with_a_write_that_nobody_answered",
@@ -29,10 +35,12 @@ DIRECTED: dict[str, str] = {
     "exposure_is_forgotten": "the_tail_has_a_write_that_a_former_tail_must_wait_for",
     "failed_forward_counts_as_done": "a_replica_is_away_for_long",
     "failed_forward_is_taken_back": "a_forward_is_done_and_its_answer_lost",
+    "failures_are_performed_again": "a_copy_of_a_failed_removal_comes_late",
     "flush_asks_the_tail_only": "power_fails_after_a_flush_and_the_head_returns_first",
     "flush_is_acknowledged_unsynced": "power_fails_after_a_flush",
     "given_up_writes_may_come_late": "a_write_comes_after_its_client_has_given_it_up",
     "incomplete_replicas_answer_reads": "a_replica_is_back_and_not_filled_yet",
+    "inode_ids_are_used_again": "power_of_meta_fails_after_its_first_new_file",
     "kept_versions_are_overwritten": "power_fails_after_a_chunk_was_cut_and_has_grown",
     "late_duplicates_are_applied": "a_write_comes_again_after_the_next_one",
     "lease_is_believed_whole": "a_replica_is_cut_off_with_a_client",
@@ -145,17 +153,3 @@ PINNED: dict[str, tuple[int, str]] = {
 
 # Noticed by dice, after more CPU than CI has for them.
 SLOW: frozenset[str] = frozenset({"blocks_are_not_synced", "redo_data_is_lost"})
-
-# Of names and files: not noticed by any seed tried so far, and no situation is known.
-UNNOTICED: frozenset[str] = frozenset(
-    {
-        "caches_are_not_invalidated",
-        "chunks_go_before_it_is_stable",
-        "cuts_are_not_resumed",
-        "cuts_forget_the_buffer",  # a truncation drains the buffer first by now
-        "cuts_keep_the_version",
-        "cuts_take_what_is_known_only",
-        "failures_are_performed_again",
-        "inode_ids_are_used_again",
-    }
-)

@@ -241,10 +241,10 @@ def stage(
         work.stopping = not load
         outcome.history = work.history
         scene = Scene(world, work, Nemesis(world, work, mood))
-        going = await _guarded(outcome, _perform(scene, script))
+        going = await guarded(outcome, _perform(scene, script))
         healed_ns = loop.now_ns()
         if going:
-            await _guarded(outcome, _rest(scene))
+            await guarded(outcome, _rest(scene))
         if not judged:
             work.history = type(work.history)()
         outcome.virtual_s = loop.time()
@@ -255,7 +255,7 @@ def stage(
     return outcome
 
 
-async def _guarded(outcome: run.Outcome, work: Coroutine[Any, Any, None]) -> bool:
+async def guarded(outcome: run.Outcome, work: Coroutine[Any, Any, None]) -> bool:
     """Note what goes wrong as a violation; False if there is no point in going on."""
     try:
         await work

@@ -1,29 +1,34 @@
 """Directed scenarios with a metadata server: one chosen fault amid names and files.
 
-`play_files(script)` boots a cluster, awaits `script(stage)`, heals everything, lets all settle, and
-gives the history to the checkers, fsck among them.
+`stage_files(script)` boots a cluster, awaits `script(stage)`, heals everything, lets all settle,
+and gives the history to the checkers, fsck among them; `play_files(script)` also fails on what they
+find.
 """
 
 import asyncio
-import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from emberfs.client.file import FileSystem
+from emberfs.proto.method import Method
 from sim import loop as simloop
 from sim import run
 from sim.check_lives import Cut
 from sim.cluster import Shape, World
+from sim.disk import Fate
 from sim.files_load import FilesLoad
 from sim.machine import Machine
 from sim.meta_view import Leftover, leftovers, seen_of, store_of
 from sim.moods import Mood
 from sim.nemesis_files import FilesNemesis
 from sim.run_files import finish, judge, prepare
-from sim.scenario import quiet_burial
+from sim.scenario import BlameError, guarded, quiet_burial
+from sim.tap import Tap, between
 from sim.violation import report
 
 T = TypeVar("T")
+
+SHAPE = Shape(meta=1, chains=1)
 
 
 class Stage:
@@ -65,9 +70,10 @@ class Stage:
 
         return process.context.run(self.world.loop.create_task, work())
 
-    def cut_meta(self) -> None:
-        """The power of the metadata server fails."""
+    def cut_meta(self, fate: Fate | None = None) -> None:
+        """The power of the metadata server fails; `fate`: of what was not synced, None: dice."""
         before, at_ns = seen_of(store_of(self.meta)), self.world.loop.now_ns()
+        self.meta.disk.fate = fate
         self.meta.power_cut()
         self.load.cuts.append(Cut(at_ns, before, seen_of(store_of(self.meta))))
 
@@ -75,6 +81,22 @@ class Stage:
         """It is back."""
         self.meta.power_on()
         self.revive(self.meta)
+
+    def tap(
+        self,
+        method: Method[Any, Any],
+        client: int,
+        *,
+        answers: bool = False,
+        copies: bool = False,
+    ) -> Tap:
+        """Hold calls of a client to the metadata server, or their answers; see tap.py."""
+        here, there = {self.client(client).name}, {self.meta.name}
+        if answers:
+            here, there = there, here
+        tap = Tap(between(method.number, here, there, answers=answers), copies=copies)
+        self.world.network.taps.append(tap)
+        return tap
 
     async def until(self, condition: Callable[[], bool], bound_s: float) -> None:
         """Wait for something, `bound_s` virtual seconds at most."""
@@ -84,6 +106,72 @@ class Stage:
             await asyncio.sleep(0.02)
 
 
+def stage_files(
+    script: Callable[[Stage], Coroutine[Any, Any, None]],
+    *,
+    seed: int = 1,
+    shape: Shape = SHAPE,
+    load: bool = False,
+    names: bool = True,
+) -> run.Outcome:
+    """Run a script; the outcome names all violations. It must compare what it writes itself.
+
+    An exception of the script itself violates the rule "script", unless it blames another.
+    """
+    mood = Mood("scenario", (), files=True)
+    outcome = run.Outcome(seed, mood.name)
+
+    async def main(loop: simloop.SimLoop) -> None:
+        world = World(loop, seed, shape)
+        work = FilesLoad(world)
+        outcome.history = work.history
+        stage = Stage(world, work, FilesNemesis(world, work, mood))
+        if await guarded(outcome, _perform(stage, script, load=load)):
+            healed_ns = loop.now_ns()
+            ending = _rest(stage, outcome, mood, healed_ns, names=names, contents=load)
+            await guarded(outcome, ending)
+        outcome.virtual_s = loop.time()
+
+    with quiet_burial():
+        simloop.run(main)
+    return outcome
+
+
+async def _perform(
+    stage: Stage, script: Callable[[Stage], Coroutine[Any, Any, None]], *, load: bool
+) -> None:
+    world = stage.world
+    await world.boot()
+    if not await world.until_serving(run.BOOT_NS):
+        raise BlameError("no exit", "no start")
+    await prepare(stage.load)
+    stage.load.stopping = not load  # clients that are revived do nothing by themselves
+    for index in range(len(world.clients) if load else 0):
+        stage.load.start(index)
+    try:
+        await script(stage)
+    finally:
+        for tap in world.network.taps:
+            tap.release()
+        stage.nemesis.heal()
+
+
+async def _rest(
+    stage: Stage,
+    outcome: run.Outcome,
+    mood: Mood,
+    healed_ns: int,
+    *,
+    names: bool,
+    contents: bool,
+) -> None:
+    """Nothing is broken any more."""
+    if not await stage.world.until_serving(run.EXIT_NS):
+        raise BlameError("no exit", "a replica never served")
+    await finish(stage.load, outcome)
+    await judge(stage.load, outcome, mood, healed_ns, names=names, contents=contents)
+
+
 def play_files(
     script: Callable[[Stage], Coroutine[Any, Any, None]],
     *,
@@ -91,38 +179,6 @@ def play_files(
     load: bool = False,
     names: bool = True,
 ) -> None:
-    """Run a script; fails on any violation. Contents that it writes itself it must compare."""
-    mood = Mood("scenario", (), files=True)
-    outcome, failure = run.Outcome(seed, mood.name), ""
-
-    async def main(loop: simloop.SimLoop) -> None:
-        nonlocal failure
-        try:
-            await perform(loop)
-        except Exception:  # as text: its frames would keep the dead alive
-            failure = traceback.format_exc()
-
-    async def perform(loop: simloop.SimLoop) -> None:
-        world = World(loop, seed, Shape(meta=1, chains=1))
-        await world.boot()
-        assert await world.until_serving(run.BOOT_NS), "no start"
-        work = FilesLoad(world)
-        outcome.history = work.history
-        nemesis = FilesNemesis(world, work, mood)
-        await prepare(work)
-        if load:
-            for index in range(len(world.clients)):
-                work.start(index)
-        else:
-            work.stopping = True  # clients that are revived do nothing by themselves
-        await script(Stage(world, work, nemesis))
-        nemesis.heal()
-        healed_ns = loop.now_ns()
-        assert await world.until_serving(run.EXIT_NS), "a replica never served"
-        await finish(work, outcome)
-        await judge(work, outcome, mood, healed_ns, names=names, contents=load)
-
-    with quiet_burial():
-        simloop.run(main)
-    assert not failure, failure
+    """Run a script as `stage_files`; fails on any violation."""
+    outcome = stage_files(script, seed=seed, load=load, names=names)
     assert not outcome.violations, report(outcome.violations)

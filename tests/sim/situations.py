@@ -11,10 +11,14 @@ from typing import Any
 from sim.cluster import Shape
 from sim.run import Outcome
 from sim.scenario import Scene, stage
+from sim.scenario_files import Stage, stage_files
 
 Script = Callable[[Scene], Coroutine[Any, Any, None]]
+FileScript = Callable[[Stage], Coroutine[Any, Any, None]]
 
-QUIET = Shape(chains=1, scrub=False)  # the scrubber would mend what a broken product leaves
+# The scrubber would mend what a broken product leaves.
+QUIET = Shape(chains=1, scrub=False)
+QUIET_FILES = Shape(meta=1, chains=1, scrub=False)
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,7 @@ class Situation:
     """A script with what it needs."""
 
     name: str
-    script: Script
-    shape: Shape
-    errors: bool  # clients may meet them
-    load: bool
+    play: Callable[[], Outcome]
 
 
 SITUATIONS: dict[str, Situation] = {}
@@ -34,15 +35,24 @@ SITUATIONS: dict[str, Situation] = {}
 def situation(
     *, shape: Shape = QUIET, errors: bool = False, load: bool = False
 ) -> Callable[[Script], Script]:
-    """Register a script under its name."""
+    """Register a script of chunks under its name. `errors`: clients may meet them."""
 
     def register(script: Script) -> Script:
-        name = script.__name__
-        assert name not in SITUATIONS
-        SITUATIONS[name] = Situation(name, script, shape, errors, load)
+        _add(script.__name__, lambda: stage(script, shape=shape, load=load, errors=errors))
         return script
 
     return register
+
+
+def file_situation(script: FileScript) -> FileScript:
+    """Register a script of names and files, on a metadata server, under its name."""
+    _add(script.__name__, lambda: stage_files(script, shape=QUIET_FILES))
+    return script
+
+
+def _add(name: str, play: Callable[[], Outcome]) -> None:
+    assert name not in SITUATIONS
+    SITUATIONS[name] = Situation(name, play)
 
 
 def load_all() -> dict[str, Situation]:
@@ -51,6 +61,8 @@ def load_all() -> dict[str, Situation]:
         situation_control,
         situation_failover,
         situation_fencing,
+        situation_files,
+        situation_names,
         situation_power,
         situation_recovery,
         situation_replica,
@@ -63,6 +75,8 @@ def load_all() -> dict[str, Situation]:
         situation_power,
         situation_control,
         situation_failover,
+        situation_files,
+        situation_names,
     )
     assert all(part.__doc__ for part in parts)
     return SITUATIONS
@@ -70,5 +84,4 @@ def load_all() -> dict[str, Situation]:
 
 def enact(name: str) -> Outcome:
     """Play a situation with the product as it is just now."""
-    found = SITUATIONS[name]
-    return stage(found.script, shape=found.shape, load=found.load, errors=found.errors)
+    return SITUATIONS[name].play()

@@ -1,0 +1,176 @@
+"""Situations of the contents and lengths of files: cuts, buffers, prefetched bytes, reused ids."""
+
+import asyncio
+
+from emberfs.client.file import File, FileSystem
+from sim.disk import Fate
+from sim.scenario import BlameError
+from sim.scenario_files import Stage
+from sim.situations import file_situation
+
+UNSYNCED_IS_LOST = Fate(data=False, rows=False)
+PATH = "/f/x"
+OLD, NEW = b"o" * 9000, b"n" * 100
+
+
+async def write(fs: FileSystem, content: bytes, path: str = PATH) -> None:
+    """Make a file in one go; its close makes it stable."""
+    file = await fs.open(path, "w")
+    await file.write(content)
+    await file.close()
+
+
+async def read(fs: FileSystem, path: str = PATH) -> bytes:
+    """All of a file."""
+    file = await fs.open(path)
+    content = await file.read()
+    await file.close()
+    return content
+
+
+def expect(found: bytes, wanted: bytes) -> None:
+    """Blame what a file must not contain."""
+    if len(found) != len(wanted):
+        raise BlameError("file length", f"{len(found)} instead of {len(wanted)}")
+    if found != wanted:
+        at = next(i for i, (one, two) in enumerate(zip(found, wanted, strict=True)) if one != two)
+        raise BlameError("file content", f"{found[at : at + 8]!r} at {at} of {len(found)}")
+
+
+@file_situation
+async def a_writer_goes_on_after_another_client_has_cut_its_file(stage: Stage) -> None:
+    """It tells the length that it has written since, not the one of before."""
+
+    async def begin(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w")
+        await file.write(OLD)
+        await file.fsync()
+        return file
+
+    file = await stage.at(0, begin)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 10))
+
+    async def go_on(_: FileSystem) -> None:
+        await file.pwrite(NEW[:5], 0)
+        await file.close()
+
+    await stage.at(0, go_on)
+    expect(await stage.at(2, read), NEW[:5] + OLD[5:10])
+
+
+@file_situation
+async def a_file_is_cut_beyond_the_end_that_meta_knows(stage: Stage) -> None:
+    """Its writer, who is alive, has written there and not told yet: it goes, whoever tells it."""
+
+    async def begin(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)
+        return file
+
+    file = await stage.at(0, begin)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 10))
+    await stage.at(0, lambda _: file.close())
+    found = await stage.at(2, read)
+    expect(found, OLD[:10] + bytes(len(found) - 10))
+
+
+@file_situation
+async def a_file_is_cut_while_its_bytes_are_buffered(stage: Stage) -> None:
+    """They were written before: they must not come behind the new end afterwards."""
+
+    async def work(fs: FileSystem) -> None:
+        file = await fs.open(PATH, "w+")
+        await file.write(OLD)
+        await fs.truncate(PATH, 10)
+        await asyncio.sleep(3)
+        await file.pwrite(NEW, len(OLD))
+        await file.close()
+
+    await stage.at(0, work)
+    expect(await stage.at(1, read), OLD[:10] + bytes(len(OLD) - 10) + NEW)
+
+
+@file_situation
+async def bytes_are_written_after_they_were_read_ahead(stage: Stage) -> None:
+    """Through another description of the same client: who reads on must see them."""
+    old = b"o" * 50_000
+
+    async def work(fs: FileSystem) -> bytes:
+        reader, writer = await fs.open(PATH), await fs.open(PATH, "r+", direct=True)
+        head = await reader.read(4096)
+        await asyncio.sleep(0.1)  # the rest is here by now
+        await writer.pwrite(NEW, 20_000)
+        content = head + await reader.read()
+        await reader.close()
+        await writer.close()
+        return content
+
+    await stage.at(0, lambda fs: write(fs, old))
+    expect(await stage.at(0, work), old[:20_000] + NEW + old[20_100:])
+
+
+@file_situation
+async def meta_and_a_client_die_amid_a_truncation(stage: Stage) -> None:
+    """Nobody asks again: the next life of the server finishes what this one has begun."""
+    await stage.at(1, lambda fs: write(fs, OLD))
+    for machine in stage.world.storage:
+        machine.process.pause()
+    cutting = stage.begin(0, lambda fs: fs.truncate(PATH, 10))
+    await stage.until(lambda: any(left.kind == "trim" for left in stage.leftovers), 5)
+    stage.client(0).kill()
+    stage.meta.kill()
+    for machine in stage.world.storage:
+        machine.process.resume()
+    cutting.cancel()
+    await asyncio.sleep(0.2)
+    stage.revive(stage.meta)
+    stage.revive(stage.client(0))
+
+    async def grow(fs: FileSystem) -> None:
+        file = await fs.open(PATH, "r+")
+        await file.pwrite(NEW, len(OLD))
+        await file.close()
+
+    await stage.at(1, grow)
+    expect(await stage.at(2, read), OLD[:10] + bytes(len(OLD) - 10) + NEW)
+
+
+@file_situation
+async def power_of_meta_fails_after_a_file_was_collected(stage: Stage) -> None:
+    """The removal is not on stable storage: the name may be back, but then with its data."""
+    await stage.at(0, lambda fs: write(fs, OLD))
+    await stage.at(0, lambda fs: fs.remove(PATH))
+    await stage.until(lambda: not stage.leftovers, 5)
+    stage.cut_meta(UNSYNCED_IS_LOST)
+    stage.power_on()
+    try:
+        expect(await stage.at(1, read), OLD)
+    except FileNotFoundError:
+        return
+
+
+@file_situation
+async def power_of_meta_fails_after_its_first_new_file(stage: Stage) -> None:
+    """The file is lost and its chunks are not: they must not show in the next new file."""
+    await stage.at(0, lambda fs: fs.cluster.metadata.stable())
+    stage.meta.kill()
+    await asyncio.sleep(0.2)
+    stage.revive(stage.meta)
+
+    async def leave(fs: FileSystem) -> None:
+        file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)
+
+    await stage.at(0, leave)
+    stage.cut_meta(UNSYNCED_IS_LOST)
+    stage.client(0).kill()
+    stage.power_on()
+    stage.revive(stage.client(0))
+
+    async def make(fs: FileSystem) -> None:
+        file = await fs.open(PATH, "w")
+        await file.pwrite(NEW, len(OLD))
+        await file.close()
+
+    await stage.at(1, make)
+    expect(await stage.at(2, read), bytes(len(OLD)) + NEW)
