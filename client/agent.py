@@ -72,6 +72,7 @@ class Agent:
         # Routing that must have arrived before this node may serve: while the lease had lapsed,
         # somebody else may have been put in its place.
         self.needs_version = RoutingVersion(0)
+        self.told_version = RoutingVersion(0)  # what mgmtd was at when it answered last
         self._soon = asyncio.Event()
         self._tasks = TaskSet()
         self._problem: EmberfsError | None = None
@@ -161,6 +162,7 @@ class Agent:
         if self._dead_from_ns and sent_ns >= self._dead_from_ns:
             self.lapses += 1
         self._dead_from_ns = sent_ns + lease.lease_ns
+        self.told_version = lease.version
         self._expect(lease.version)
 
     def _lost(self, problem: EmberfsError) -> None:

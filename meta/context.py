@@ -35,7 +35,9 @@ class Context:
         chunks: Chunks,
         routing: Callable[[], RoutingSnapshot],
         policy: Policy,
+        is_fresh: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`is_fresh`: see Clients."""
         self.env = env
         self.engine = engine
         self.routing = routing
@@ -43,7 +45,7 @@ class Context:
         self.ids = InodeIds(engine)
         self.replies = Replies(env, engine)
         self.chunks = chunks
-        self.clients = Clients(routing)
+        self.clients = Clients(routing, is_fresh)
         self.trims = Trims(env, engine, chunks)
         self.collector = Collector(env, engine, chunks, self.trims)
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions

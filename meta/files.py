@@ -63,7 +63,13 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
             inode = new_inode(context, taken, parent, request.caller, mode)
             await add_name(txn, context, parent, request.name, inode)
         _add_session(
-            txn, inode.id, request.session, request.request.client, request.caller, request.write
+            txn,
+            context,
+            inode.id,
+            request.session,
+            request.request.client,
+            request.caller,
+            request.write,
         )
         return InodeAnswer(inode)
 
@@ -96,6 +102,7 @@ def _check_openable(inode: Inode) -> None:
 
 def _add_session(
     txn: Transaction,
+    context: Context,
     inode: InodeId,
     session: SessionId,
     client: int,
@@ -103,6 +110,7 @@ def _add_session(
     write: bool,
 ) -> None:
     if session:
+        context.clients.heard(client)
         record = schema.Session(client, write, is_privileged(caller))
         txn.set(keys.session_key(inode, session), schema.SESSION.encode(record))
 
@@ -171,7 +179,13 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
             inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
             store_inode(txn, inode)
         _add_session(
-            txn, inode.id, request.session, request.request.client, request.caller, request.write
+            txn,
+            context,
+            inode.id,
+            request.session,
+            request.request.client,
+            request.caller,
+            request.write,
         )
         return InodeAnswer(inode)
 

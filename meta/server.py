@@ -119,7 +119,14 @@ class MetaService:
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
         policy = Policy(config.chunk_bytes, config.stripe)
-        context = Context(env, engine, cluster.chunkio, lambda: cluster.routing.snapshot, policy)
+        context = Context(
+            env,
+            engine,
+            cluster.chunkio,
+            lambda: cluster.routing.snapshot,
+            policy,
+            lambda: self._routing_is_fresh(cluster),
+        )
         self._context = context
         await context.load()
         cluster.routing.subscribe(lambda snapshot: context.clients.look())
@@ -145,13 +152,22 @@ class MetaService:
             context.collector,
             cluster.chunkio,
             context.trims,
-            lambda: cluster.routing.snapshot,
+            context.clients,
             grace_ns,
         )
         context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")
         self._tasks.spawn(orphans.live(), name="meta orphans")
         log.info("serving at %s", ", ".join(endpoints))
+
+    def _routing_is_fresh(self, cluster: Cluster) -> bool:
+        """Tell whether mgmtd has answered lately, and what it knew then is here."""
+        agent = self._agent
+        return (
+            agent is not None
+            and agent.lease_ok()
+            and cluster.routing.snapshot.version >= agent.told_version
+        )
 
     def _node(self, endpoints: list[str]) -> Node:
         config = self._config

@@ -1,11 +1,11 @@
 """Ending the sessions of clients that are gone, so that unlinked files do not stay for ever.
 
 A client counts as gone when routing has not shown it alive for the grace time without a break,
-counted from this server's own start too: what was before nobody here can know.
+counted from this server's own start too, and anew whenever it was out of touch with mgmtd: what was
+before nobody here can know. Who opens a file is not gone, whatever routing shows.
 """
 
 import logging
-from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -13,12 +13,12 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Engine, Transaction
 from emberfs.meta import schema
 from emberfs.meta.attributes import after_write
+from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.metrics import SESSIONS_ENDED
 from emberfs.meta.tree import destroy, find_inode, has_sessions, store_inode
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.meta.vanished import Measured, measure
-from emberfs.proto.cluster import NodeKind, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import SECOND, InodeId
@@ -39,7 +39,7 @@ class SessionSweeper:
         collector: Collector,
         chunks: Chunks,
         trims: Trims,
-        routing: Callable[[], RoutingSnapshot],
+        clients: Clients,
         grace_ns: int = 30 * SECOND,
     ) -> None:
         self._env = env
@@ -47,9 +47,10 @@ class SessionSweeper:
         self._collector = collector
         self._chunks = chunks
         self._trims = trims
-        self._routing = routing
+        self._clients = clients
         self._grace_ns = grace_ns
         self._absent_since_ns: dict[int, int] = {}  # by client
+        clients.on_heard = lambda client: self._absent_since_ns.pop(client, None)
 
     async def live(self) -> None:
         """Sweep for ever."""
@@ -62,10 +63,10 @@ class SessionSweeper:
 
     async def sweep(self) -> int:
         """Look at every session once; returns how many were ended."""
-        snapshot = self._routing()
-        if snapshot.version == 0:  # nothing known yet
+        alive = self._clients.alive()
+        if alive is None:
+            self._absent_since_ns.clear()
             return 0
-        alive = {n.client for n in snapshot.nodes_of(NodeKind.CLIENT) if n.alive}
         seen: set[int] = set()
         ended = 0
         start, stop = keys.span_of(keys.Prefix.SESSION.value)
@@ -109,29 +110,34 @@ class SessionSweeper:
             measured = None
             if session.write:
                 measured = await measure(self._engine, self._chunks, self._trims, inode_id)
-            await self._end(key, session, measured)
+            return await self._end(key, session, measured)
         except EmberfsError as problem:
             log.warning("a dead session on inode %d stays for now: %s", inode_id, problem)
             return False
-        return True
 
-    async def _end(self, key: bytes, session: schema.Session, measured: Measured | None) -> None:
+    async def _end(self, key: bytes, session: schema.Session, measured: Measured | None) -> bool:
         inode_id, number = keys.unpack_session_key(key)
 
-        async def work(txn: Transaction) -> None:
+        async def work(txn: Transaction) -> bool:
+            # Its client may be back, and open the file anew at this very moment.
+            if await txn.get(key) is None or not self._is_gone(session.client):
+                return False
             inode = await find_inode(txn, InodeId(inode_id))
             txn.clear(key)
             if inode is None:
-                return
+                return True
             if inode.nlink == 0 and not await has_sessions(txn, inode.id):
                 await destroy(txn, inode, self._env.wall_ns())
             elif measured is not None:
                 if measured.truncate_version != inode.truncate_version:
                     raise EmberfsError(Code.STALE, "it was truncated meanwhile")
                 self._settle(txn, inode, measured.end, privileged=session.privileged)
+            return True
 
-        await self._engine.run(work)
+        if not await self._engine.run(work):
+            return False
         log.info("session %d on inode %d ended: its client is gone", number, inode_id)
+        return True
 
     def _settle(self, txn: Transaction, inode: Inode, end: int, *, privileged: bool) -> None:
         if end > inode.length:

@@ -10,6 +10,7 @@ from emberfs.meta import dispatch, files, namespace, rename, sessions, tree, van
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds
 from emberfs.meta.replies import Replies
+from emberfs.meta.server import MetaService
 from emberfs.meta.sessions import SessionSweeper
 from emberfs.meta.trims import Trims
 from emberfs.proto.errors import EmberfsError
@@ -111,6 +112,12 @@ def sessions_never_end(patch: Patch) -> None:
         return 0
 
     patch.set(SessionSweeper, "sweep", sweep)
+
+
+@mutation("meta storm", CONTENT)
+def old_routing_ends_sessions(patch: Patch) -> None:
+    """A server that is out of touch with mgmtd judges by what it knew before."""
+    patch.set(MetaService, "_routing_is_fresh", lambda *_: True)
 
 
 @mutation("names, files", f"{CONTENT}, {FOUND}, error at a client")

@@ -57,6 +57,7 @@ DIRECTED: dict[str, str] = {
     "nothing_is_kept_for_undo": "power_fails_before_the_data_and_after_the_rows",
     "old_data_is_trusted": "power_fails_at_one_machine_for_a_moment",
     "old_reports_count": "a_head_wakes_up_outside_its_chain_with_a_write_in_hand",
+    "old_routing_ends_sessions": "meta_does_not_hear_of_a_client_that_is_new",
     "old_routing_serves_after_a_lapse": "a_replica_is_heard_again_before_it_hears_the_news",
     "older_routing_is_taken": "news_of_before_arrive_after_those_of_now",
     "older_updates_are_not_waited_for": "a_recovery_begins_while_a_slow_disk_writes",

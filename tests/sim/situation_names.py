@@ -1,6 +1,8 @@
-"""Situations of names: calls whose copies come late."""
+"""Situations of names and sessions: calls whose copies come late, a server with old knowledge."""
 
-from emberfs.client.file import FileSystem
+import asyncio
+
+from emberfs.client.file import File, FileSystem
 from emberfs.client.oserrors import FileSystemError
 from emberfs.proto.meta_calls import REMOVE
 from sim.scenario import BlameError
@@ -27,3 +29,40 @@ async def a_copy_of_a_failed_removal_comes_late(stage: Stage) -> None:
     copies.release()
     await stage.at(1, lambda fs: fs.mkdir("/e"))
     await stage.until(lambda: not copies.held, 1)
+
+
+@file_situation
+async def meta_does_not_hear_of_a_client_that_is_new(stage: Stage) -> None:
+    """Out of touch with mgmtd, it must not take those whom it has never seen for dead."""
+    managers = [*stage.world.mgmtd, stage.world.kv]
+    links = [stage.world.network.link(m.name, stage.meta.name) for m in managers]
+    links += [stage.world.network.link(stage.meta.name, m.name) for m in managers]
+    for link in links:
+        link.cut = True
+    client = stage.client(1)
+    client.kill()
+    stage.revive(client)
+
+    async def hold(fs: FileSystem) -> File:
+        file = await fs.open("/f/x", "w+")
+        await file.write(b"x" * 9000)
+        await file.fsync()
+        await fs.remove("/f/x")
+        return file
+
+    file = await stage.at(1, hold)
+    await asyncio.sleep(30)
+
+    async def look(_: FileSystem) -> bytes:
+        await file.seek(0)
+        return await file.read()
+
+    try:
+        content = await stage.at(1, look)
+    except FileSystemError as problem:
+        raise BlameError("file content", str(problem)) from problem
+    if content != b"x" * 9000:
+        raise BlameError("file content", "an open file was collected")
+    for link in links:
+        link.cut = False
+    await stage.at(1, lambda _: file.close())

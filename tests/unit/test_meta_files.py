@@ -7,6 +7,7 @@ import pytest
 
 from emberfs.kv import keys
 from emberfs.meta import files
+from emberfs.meta.clients import Clients
 from emberfs.meta.sessions import SessionSweeper
 from emberfs.meta.space import statfs
 from emberfs.proto import meta_calls as calls
@@ -443,19 +444,18 @@ def test_s2_o11_a_late_cut_cannot_bring_a_deleted_chunk_back() -> None:
     play(scene)
 
 
+def sweeper_of(w: World, grace_ns: int = 30 * SECOND) -> SessionSweeper:
+    context = w.context
+    return SessionSweeper(
+        w.env, w.engine, context.collector, w.chunks, context.trims, context.clients, grace_ns
+    )
+
+
 def test_c9_o20_sessions_of_vanished_clients_end_after_the_grace_time() -> None:
     """Sessions of clients that vanished end after the grace time, and their files are collected."""
 
     async def scene(w: World) -> None:
-        sweeper = SessionSweeper(
-            w.env,
-            w.engine,
-            w.context.collector,
-            w.chunks,
-            w.context.trims,
-            lambda: w.routing,
-            30 * SECOND,
-        )
+        sweeper = sweeper_of(w)
         f = await w.create(b"f")
         await w.unlink(b"f")
         assert await sweeper.sweep() == 0
@@ -478,13 +478,52 @@ def test_c9_o20_sessions_of_vanished_clients_end_after_the_grace_time() -> None:
     play(scene)
 
 
+def test_c9_nobody_is_gone_while_routing_may_be_old() -> None:
+    """A server that is out of touch with mgmtd ends no sessions, and counts anew afterwards."""
+
+    async def scene(w: World) -> None:
+        fresh = True
+        w.context.clients = Clients(lambda: w.routing, lambda: fresh)
+        sweeper = sweeper_of(w)
+        await w.create(b"f")
+        w.routing = make_snapshot(clients={CLIENT + 1: True})
+        assert await sweeper.sweep() == 0
+        fresh = False
+        w.env.skipped_ns += 100 * SECOND
+        assert await sweeper.sweep() == 0
+        fresh = True
+        assert await sweeper.sweep() == 0
+        w.env.skipped_ns += 31 * SECOND
+        assert await sweeper.sweep() == 1
+
+    play(scene)
+
+
+def test_c9_a_client_that_opens_its_files_anew_is_not_gone() -> None:
+    """While its old sessions are just being ended: the one that it was given stays."""
+
+    async def scene(w: World) -> None:
+        sweeper = sweeper_of(w)
+        f = await w.create(b"f", session=5)
+        w.routing = make_snapshot(clients={CLIENT + 1: True})
+        assert await sweeper.sweep() == 0
+        w.env.skipped_ns += 31 * SECOND
+        w.chunks.gate = asyncio.Event()  # its file is being measured
+        sweeping = asyncio.ensure_future(sweeper.sweep())
+        await until(lambda: ("end", f.id, 0) in w.chunks.log)
+        await w.open_file(f.id, 5, write=True)
+        w.chunks.gate.set()
+        assert await sweeping == 0
+        assert len(w.rows(keys.Prefix.SESSION)) == 1
+
+    play(scene)
+
+
 def test_o2_c9_what_a_vanished_writer_was_told_is_written_stays_readable() -> None:
     """When a client dies after a write behind the old end, the file has the new length."""
 
     async def scene(w: World) -> None:
-        sweeper = SessionSweeper(
-            w.env, w.engine, w.context.collector, w.chunks, w.context.trims, lambda: w.routing, 1
-        )
+        sweeper = sweeper_of(w, 1)
         f = await w.create(b"f")
         assert f.layout is not None
         w.chunks.put(f.id, f.layout.chunk_bytes, 4711)

@@ -144,6 +144,36 @@ def test_readers_and_writers_beside_living_ones_measure_nothing() -> None:
     play(scene)
 
 
+def test_a_client_that_is_back_lives_before_routing_shows_it() -> None:
+    """It opens its files anew and writes; what it has not told yet must not be cut."""
+
+    async def scene(w: World) -> None:
+        f = await left_by_a_writer(w)
+        dies(w)
+        who = calls.RequestId(WRITER, 2)
+        again = calls.OpenRequest(
+            calls.Caller(0, 0), who, f.id, SessionId(7), read=True, write=True
+        )
+        await files.open_(w.context, again)
+        w.chunks.put(f.id, CHUNK, 900)
+        await w.setattr(f.id, length=2 * CHUNK)
+        assert w.chunks.of(f.id) == {0: CHUNK, 1: 900}
+
+    play(scene)
+
+
+def test_nobody_is_called_dead_while_routing_may_be_old() -> None:
+    fresh = True
+    now = [make_snapshot(clients={1: True, 2: True})]
+    clients = Clients(lambda: now[0], lambda: fresh)
+    assert clients.alive() == {1, 2}
+    now[0] = make_snapshot(clients={2: True})
+    assert clients.is_dead(1)
+    fresh = False
+    assert not clients.is_dead(1)
+    assert clients.alive() is None
+
+
 def test_a_client_is_dead_when_it_was_seen_alive_and_is_so_no_more() -> None:
     now = [make_snapshot(clients={1: True})]
     clients = Clients(lambda: now[0])
