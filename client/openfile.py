@@ -4,7 +4,7 @@ The table of open files of one client, and the clock that pushes what lies too l
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from emberfs.client import metrics
@@ -33,7 +33,26 @@ log = logging.getLogger("emberfs.client.openfile")
 TICK_NS = 250 * MS
 DIRTY_AGE_NS = 1 * SECOND  # buffered bytes are sent after this
 CLOSE_NS = 30 * SECOND  # how long the end of the client waits for servers that do not answer
+LATE_NS = 10 * SECOND  # after which no held-up copy of a call is expected any more
+ABANDON_RETRY_NS = 1 * SECOND
 HINT_AGE_NS = 5 * SECOND  # meta hears of a growing length after this
+
+# Refused before a session is recorded. Anything else may come afterwards: of a cut that the open
+# had to wait for, or of nobody.
+_REFUSALS = frozenset(
+    {
+        Code.NOT_FOUND,
+        Code.EXISTS,
+        Code.NOT_DIRECTORY,
+        Code.IS_DIRECTORY,
+        Code.NOT_PERMITTED,
+        Code.ACCESS,
+        Code.NAME_TOO_LONG,
+        Code.LOOP,
+        Code.INVALID,
+        Code.UNSUPPORTED,
+    }
+)
 
 
 class OpenFiles:
@@ -106,7 +125,7 @@ class OpenFiles:
             else:
                 found = await perform()
         except BaseException as problem:
-            self._abandon(inode, session, problem)
+            self._abandon(session, problem, inode)
             raise
         return self._opened(caller, found, session, read=read, write=write, direct=direct)
 
@@ -139,7 +158,15 @@ class OpenFiles:
             )
 
         state = await self._written_here(caller, parent, name) if truncate else None
-        found = await (perform() if state is None else state.cut(0, perform, drop=False))
+        try:
+            found = await (perform() if state is None else state.cut(0, perform, drop=False))
+        except BaseException as problem:
+
+            async def find() -> InodeId:
+                return (await self.metadata.lookup(caller, parent, name)).id
+
+            self._abandon(session, problem, find)
+            raise
         return self._opened(caller, found, session, read=read, write=write, direct=direct)
 
     async def _written_here(self, caller: Caller, parent: InodeId, name: bytes) -> FileState | None:
@@ -197,18 +224,38 @@ class OpenFiles:
         )
         return FileState(self.env, self.chunkio, self.metadata, inode, inode.layout, buffer)
 
-    def _abandon(self, inode: InodeId, session: SessionId, problem: BaseException) -> None:
-        """An open whose outcome is unknown must not leave a session behind."""
-        if isinstance(problem, EmberfsError) and problem.code != Code.TIMEOUT:
+    def _abandon(
+        self,
+        session: SessionId,
+        problem: BaseException,
+        inode: InodeId | Callable[[], Awaitable[InodeId]],
+    ) -> None:
+        """An open that may have succeeded, for all that is known, must not leave a session behind.
+
+        `inode` may have to be looked up: that of a file which a lost answer would have named.
+        """
+        if isinstance(problem, EmberfsError) and problem.code in _REFUSALS:
             return
 
         async def end() -> None:
-            try:
-                await self.metadata.settle(inode, session, close=True)
-            except EmberfsError as found:
-                log.info("open of inode %d was given up; its session: %s", inode, found)
+            for pause_ns in (0, LATE_NS):
+                await self.env.sleep_ns(pause_ns)
+                while not await self._end_session(session, inode):
+                    await self.env.sleep_ns(ABANDON_RETRY_NS)
 
-        self._spawn(end(), f"abandon open of inode {inode}")
+        self._spawn(end(), f"abandon session {session}")
+
+    async def _end_session(
+        self, session: SessionId, inode: InodeId | Callable[[], Awaitable[InodeId]]
+    ) -> bool:
+        """Tell whether meta has answered; then the session is not there any more."""
+        try:
+            number = await inode() if callable(inode) else inode
+            await self.metadata.settle(number, session, close=True)
+        except EmberfsError as problem:
+            log.info("an open was given up; its session: %s", problem)
+            return problem.code != Code.TIMEOUT
+        return True
 
     def _forget(self, file: OpenFile) -> None:
         state = file.state
@@ -250,7 +297,7 @@ class OpenFiles:
                     Code.STALE, f"the file went while this client was away: {problem.message}"
                 ) from problem
             if file.ending:  # meanwhile: its session must not outlive it
-                self._abandon(inode, file.session, EmberfsError(Code.TIMEOUT))
+                self._abandon(file.session, EmberfsError(Code.TIMEOUT), inode)
 
     def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         return self._tasks.spawn(work, name=name)

@@ -9,7 +9,7 @@ from emberfs.client import description, openfile, writebuffer
 from emberfs.fabric.region import Region
 from emberfs.proto import storage_calls as sc
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import KiB, MiB
+from emberfs.proto.ids import MS, KiB, MiB
 from emberfs.proto.meta_calls import Caller
 from unit.client_fakes import CHUNK, run
 
@@ -502,6 +502,81 @@ def test_c9_cancelled_and_timed_out_opens_leave_no_session():
         world.meta.delay_s = 0
         await asyncio.sleep(0.2)
         assert not [s for s, count in world.meta.sessions.items() if count]
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["open", "create"])
+def test_c9_opens_whose_answer_is_lost_leave_no_session(how, monkeypatch):
+    """They were performed and timed out; meta is away for longer than one call is tried."""
+    monkeypatch.setattr(openfile, "ABANDON_RETRY_NS", 20 * MS)
+
+    async def test(world):
+        files = world.client()
+        await (await make(files)).close()
+        files.metadata.deadline_ns = 300 * MS
+        world.meta.lose_replies = 1 << 30
+        with pytest.raises(EmberfsError) as caught:
+            await (files.open(ME, 2) if how == "open" else files.create(ME, 1, b"g", 0o644))
+        assert caught.value.code == Code.TIMEOUT
+        assert +world.meta.sessions
+        await asyncio.sleep(0.5)
+        world.meta.lose_replies = 0
+        for _ in range(100):
+            if not +world.meta.sessions:
+                break
+            await asyncio.sleep(0.02)
+        assert not +world.meta.sessions
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["open", "create"])
+def test_c9_an_open_that_fails_after_its_session_was_recorded_leaves_none(how):
+    """The cut that it had to wait for may fail, with what nobody tries again."""
+
+    async def test(world):
+        files = world.client()
+        await (await make(files)).close()
+        perform = getattr(files.metadata, how)
+
+        async def fail(*args, **more):
+            await perform(*args, **more)
+            raise EmberfsError(Code.NO_SPACE, "truncating inode 2: the disk is full")
+
+        setattr(files.metadata, how, fail)
+        with pytest.raises(EmberfsError):
+            await (files.open(ME, 2) if how == "open" else files.create(ME, 1, b"g", 0o644))
+        await asyncio.sleep(0.1)
+        assert not +world.meta.sessions
+
+    run(test)
+
+
+def test_c9_a_copy_of_an_open_that_comes_late_leaves_no_session(monkeypatch):
+    """Its caller has gone, and its session was ended before it began."""
+    monkeypatch.setattr(openfile, "LATE_NS", 200 * MS)
+
+    async def test(world):
+        files = world.client()
+        await (await make(files)).close()
+        opening = files.metadata.open
+
+        async def late(caller, inode, session, **more):
+            async def copy():
+                await asyncio.sleep(0.1)
+                await opening(caller, inode, session, **more)
+
+            world.late = asyncio.ensure_future(copy())
+            raise EmberfsError(Code.TIMEOUT, "no answer")
+
+        files.metadata.open = late
+        with pytest.raises(EmberfsError):
+            await files.open(ME, 2)
+        await world.late
+        assert +world.meta.sessions
+        await asyncio.sleep(0.3)
+        assert not +world.meta.sessions
 
     run(test)
 
