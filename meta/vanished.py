@@ -4,10 +4,11 @@ A writer settles the length at fsync and close. One that died between a write an
 chunks behind the end that meta knows; they are looked for before its session ends. Bytes whose
 write was never acknowledged may be among them: they were written as well.
 
-Whoever opens the file for writing meanwhile begins behind them (adopt). Whoever sets a length has
-decided where the file ends: what lies behind, of a dead writer or of a write that failed, is cut
-before the file grows over it (clear_behind). What a living writer has not settled yet is left
-alone: it is part of the file, and only that writer knows how far it reaches.
+Whoever opens the file for writing meanwhile begins behind them (adopt), and so does who sets a
+length: the file is as long as its dead writer had made it, then shrinks or grows over zeros. What
+else lies behind, of a write that failed, is cut before the file grows over it (clear_behind). What
+a living writer has not settled yet is left alone: it is part of the file, and only that writer
+knows how far it reaches.
 """
 
 from collections.abc import Awaitable, Callable
@@ -88,7 +89,9 @@ async def clear_behind(
     length: int,
     check: Callable[[Transaction, Inode], Awaitable[None]],
 ) -> None:
-    """Before a request sets the length to `length`: cut what nobody alive has put behind the end.
+    """Before a request sets the length to `length`: nothing lies behind the end that is not known.
+
+    What the dead have written becomes part of the file, as when it is opened; the rest is cut.
 
     Does nothing for a file that shrinks, whose cut does that; nor for a late copy of the request:
     its client, whose writes were settled when it asked, has written again since. `check` raises if
@@ -107,6 +110,8 @@ async def clear_behind(
 
     inode = await context.engine.run(nobody_writes, read_only=True)
     if inode is None or inode.layout is None:
+        return
+    if length > inode.length and await adopt(context, inode_id):
         return
     first = inode.length // inode.layout.chunk_bytes
     if await context.chunks.end_of(inode_id, inode.layout, first, TIMEOUT_NS) <= inode.length:

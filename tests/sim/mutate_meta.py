@@ -237,6 +237,16 @@ def lengths_of_the_dead_are_lost(patch: Patch) -> None:
     patch.set(vanished, "measure", measure)
 
 
+@mutation("meta power, lost clients", CONTENT)
+def lengths_are_set_over_the_dead(patch: Patch) -> None:
+    """Who lets a file grow cuts what its dead writer had put behind the end."""
+
+    async def adopt(context: Any, inode_id: Any) -> bool:
+        return False
+
+    patch.set(vanished, "adopt", adopt)
+
+
 @mutation("files, lost clients", CONTENT)
 def cuts_keep_the_version(patch: Patch) -> None:
     """A truncation does not raise the truncate version: older lengths count afterwards."""

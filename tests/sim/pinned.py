@@ -48,6 +48,7 @@ DIRECTED: dict[str, str] = {
     "leftovers_are_dropped": "the_head_dies_before_it_hears_of_the_commit",
     "leftovers_give_way_to_new_writes": "a_head_is_back_with_a_write_and_gets_another",
     "leftovers_stay_pending": "the_head_dies_before_it_hears_of_the_commit",
+    "lengths_are_set_over_the_dead": "a_file_is_set_to_a_length_after_its_writer_has_died",
     "logged_data_goes_before_its_place_is_stable": "power_fails_when_logged_data_is_put_in_place",
     "long_writes_are_cut": "power_fails_after_a_flush",
     "lost_place_is_ignored": "a_head_wakes_up_outside_its_chain_with_a_write_in_hand",

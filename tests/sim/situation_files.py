@@ -174,3 +174,20 @@ async def power_of_meta_fails_after_its_first_new_file(stage: Stage) -> None:
 
     await stage.at(1, make)
     expect(await stage.at(2, read), bytes(len(OLD)) + NEW)
+
+
+@file_situation
+async def a_file_is_set_to_a_length_after_its_writer_has_died(stage: Stage) -> None:
+    """What the writer was told is written stays, as far as the file reaches."""
+
+    async def leave(fs: FileSystem) -> None:
+        file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)
+
+    await stage.at(1, leave)
+    stage.client(1).kill()
+    await asyncio.sleep(7)  # its lease is over, its session is not
+    assert stage.leftovers
+    await stage.at(0, lambda fs: fs.truncate(PATH, 505))
+    expect(await stage.at(2, read), OLD[:505])
+    stage.revive(stage.client(1))

@@ -33,13 +33,25 @@ def dies(w: World) -> None:
     w.routing = make_snapshot(clients={CLIENT: True})
 
 
-@pytest.mark.parametrize("length", [100, 101, CHUNK + 300, 9 * CHUNK])
-def test_a_file_grows_over_zeros_when_the_writer_of_what_lies_there_is_dead(length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "left"),
+    [
+        (100, {0: 100}),
+        (101, {0: 101}),
+        (CHUNK + 300, {0: CHUNK, 1: 300}),
+        (9 * CHUNK, {0: CHUNK, 1: 500}),
+    ],
+)
+def test_c9_who_sets_a_length_keeps_what_a_dead_writer_was_told_is_written(
+    length: int, left: dict[int, int]
+) -> None:
+    """As if the file had been opened first; behind it there are zeros."""
+
     async def scene(w: World) -> None:
         f = await left_by_a_writer(w)
         dies(w)
         assert (await w.setattr(f.id, length=length)).length == length
-        assert w.chunks.of(f.id) == {0: 100}
+        assert w.chunks.of(f.id) == left
 
     play(scene)
 
