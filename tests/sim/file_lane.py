@@ -94,7 +94,7 @@ class FileLane:
         if opened is None:
             return
         if dice.random() < 0.12:
-            await self._fs.remove(path)
+            await self._unlink(path)
         going = True
         for _ in range(dice.randint(1, 6)):
             if self._load.stopping or not going:
@@ -102,6 +102,14 @@ class FileLane:
             going = await self._change(opened, append=mode == "a+")
             await self._pause()
         await self._flush(opened, opened.file.close())
+
+    async def _unlink(self, path: str) -> None:
+        """Somebody may have been faster; the open file must be closed nonetheless."""
+        try:
+            await self._fs.remove(path)
+        except FileSystemError as problem:
+            if problem.code not in NO_FILE:
+                self._load.note(f"remove {path}: {problem.code.name}: {problem}")
 
     async def _change(self, opened: _Opened, *, append: bool) -> bool:
         """One step of a writer; False if it failed."""
