@@ -226,7 +226,11 @@ class OpenFile:
             state.invalidate(offset, stop)
             if direct or self.direct:
                 await state.buffer.drain(offset, stop)
-                await self._services.chunkio.write(self.inode_id, state.layout, offset, source)
+                try:
+                    await self._services.chunkio.write(self.inode_id, state.layout, offset, source)
+                except BaseException:
+                    state.torn = True
+                    raise
                 state.buffer.note_committed(offset, length)
                 state.invalidate(offset, stop)  # what a prefetch read in between
             else:

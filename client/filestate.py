@@ -56,6 +56,7 @@ class FileState:
         self.written_stop = 0
         self.gone: EmberfsError | None = None  # meta knows the file no more: nobody would read it
         self.mtime_ns: int | None = None  # of own writes that meta does not know of
+        self.torn = False  # a write has failed: bytes of it may lie behind the end
         self._unsettled_stop = 0  # end of own writes since the last settlement began
         self._settling_stop = 0  # end of own writes that the settlement under way is to tell
         self._durable_length = -1  # what a durable settlement has confirmed
@@ -117,6 +118,7 @@ class FileState:
 
     def _on_write_error(self) -> None:
         """Bytes are lost: the file does not reach to where they would have been."""
+        self.torn = True
         self.written_stop = max(self.buffer.committed_stop, self.buffer.pending_stop())
         self._unsettled_stop = min(self._unsettled_stop, self.written_stop)
 
@@ -134,8 +136,8 @@ class FileState:
 
     @property
     def unsettled(self) -> bool:
-        """True while meta has to hear of our length or mtime."""
-        return self.mtime_ns is not None or self.written_stop > self.server_length
+        """True while meta has to hear of our length or mtime, or of a write that failed."""
+        return self.torn or self.mtime_ns is not None or self.written_stop > self.server_length
 
     async def settle(
         self, session: SessionId, *, close: bool = False, durable: bool = False
@@ -156,6 +158,7 @@ class FileState:
             mark, self._unsettled_stop = self._unsettled_stop, 0
             self._settling_stop = mark
             mtime_ns, self.mtime_ns = self.mtime_ns, None
+            torn, self.torn = self.torn, False
             try:
                 answer = await self._metadata.settle(
                     self.id,
@@ -165,9 +168,11 @@ class FileState:
                     mtime_ns=mtime_ns,
                     close=close,
                     durable=durable,
+                    torn=torn,
                 )
             except BaseException as problem:
                 self._unsettle(mark, mtime_ns)
+                self.torn |= torn
                 if isinstance(problem, EmberfsError) and problem.code == Code.NOT_FOUND:
                     self.gone = problem
                 raise

@@ -272,6 +272,7 @@ class Metadata:
         atime_ns: int | None = None,
         close: bool = False,
         durable: bool = False,
+        torn: bool = False,
     ) -> Inode:
         """Report length and times of an open file; see SettleRequest."""
         request = calls.SettleRequest(
@@ -284,6 +285,7 @@ class Metadata:
             atime_ns=atime_ns,
             close=close,
             durable=durable,
+            torn=torn,
         )
         return (await self._call(calls.SETTLE, request)).inode
 

@@ -5,7 +5,9 @@ A file's length is settled by its writers (SettleRequest) and cut by setattr. Cu
 """
 
 import stat
+from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -25,7 +27,7 @@ from emberfs.meta.tree import (
     store_inode,
 )
 from emberfs.meta.trims import cut_behind
-from emberfs.meta.vanished import adopt, clear_behind
+from emberfs.meta.vanished import TornError, adopt, check_whole, clear_behind, clear_torn
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import FILE_BYTES_MAX, Inode
 from emberfs.proto.ids import CHUNKS_PER_FILE_MAX, InodeId, SessionId
@@ -41,6 +43,7 @@ from emberfs.proto.meta_calls import (
     SetattrRequest,
     SettleRequest,
 )
+from emberfs.proto.method import Method
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
@@ -73,7 +76,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
         )
         return InodeAnswer(inode)
 
-    answer = await context.replies.run(CREATE, request.request, work)
+    answer = await _run_open(context, CREATE, request, work)
     return await _opened(context, request, answer, is_new=answer.inode.id == taken)
 
 
@@ -88,7 +91,23 @@ async def _open_existing(
     if request.truncate:
         inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
         store_inode(txn, inode)
+    elif request.write:
+        await check_whole(txn, inode)
     return inode
+
+
+async def _run_open(
+    context: Context,
+    method: Method[Any, InodeAnswer],
+    request: CreateRequest | OpenRequest,
+    work: Callable[[Transaction], Awaitable[InodeAnswer]],
+) -> InodeAnswer:
+    """Perform an open; what a failed write has left behind the end is cut before."""
+    while True:
+        try:
+            return await context.replies.run(method, request.request, work)
+        except TornError as found:
+            await clear_torn(context, found.inode, request.request)
 
 
 def _check_openable(inode: Inode) -> None:
@@ -178,6 +197,8 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
         if request.truncate:
             inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
             store_inode(txn, inode)
+        elif request.write:
+            await check_whole(txn, inode)
         _add_session(
             txn,
             context,
@@ -189,7 +210,7 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
         )
         return InodeAnswer(inode)
 
-    answer = await context.replies.run(OPEN, request.request, work)
+    answer = await _run_open(context, OPEN, request, work)
     return await _opened(context, request, answer, is_new=False)
 
 
@@ -220,14 +241,15 @@ async def _set_length(
     is known here, and tells its length later.
     """
     check_length(inode, length)
-    version = inode.truncate_version
-    if length < inode.length or await _is_written(txn, context, inode.id, session):
+    version, others = inode.truncate_version, await _is_written(txn, context, inode.id, session)
+    if length < inode.length or others:
         await cut_behind(txn, inode, length)
         version += 1
+    torn = inode.torn and others and length > inode.length
     written = after_write(
         inode, privileged=is_privileged(caller), now_ns=context.env.wall_ns(), mtime_ns=None
     )
-    return replace(written, length=length, truncate_version=version)
+    return replace(written, length=length, truncate_version=version, torn=torn)
 
 
 async def _is_written(txn: Transaction, context: Context, inode: InodeId, but: SessionId) -> bool:
@@ -330,4 +352,6 @@ async def _settled(
         changed = replace(changed, length=grown)
     if request.atime_ns is not None:
         changed = replace(changed, atime_ns=request.atime_ns)
+    if request.torn and not changed.torn and inode.is_file():
+        changed = replace(changed, torn=True)
     return changed

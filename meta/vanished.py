@@ -6,7 +6,8 @@ write was never acknowledged may be among them: they were written as well.
 
 Whoever opens the file for writing meanwhile begins behind them (adopt), and so does who sets a
 length: the file is as long as its dead writer had made it, then shrinks or grows over zeros. What
-else lies behind, of a write that failed, is cut before the file grows over it (clear_behind). What
+else lies behind, of a write that failed, is cut before the file grows over it (clear_behind); a
+writer that knows of such a write says so, and the next one finds the file cut (clear_torn). What
 a living writer has not settled yet is left alone: it is part of the file, and only that writer
 knows how far it reaches.
 """
@@ -122,6 +123,39 @@ async def clear_behind(
         if now is not None:
             await cut_behind(txn, now, now.length)
 
+    await context.engine.run(record)
+    await context.trims.perform(inode_id)
+
+
+class TornError(Exception):
+    """An open finds a file that a failed write may have left bytes in, behind its end."""
+
+    def __init__(self, inode: InodeId) -> None:
+        super().__init__(f"inode {inode} is torn")
+        self.inode = inode
+
+
+async def check_whole(txn: Transaction, inode: Inode) -> None:
+    """Raise TornError if what lies behind the end is to be cut before the file is written on.
+
+    While others write, or the dead have not been settled, nobody can tell whose bytes those are.
+    """
+    if inode.torn and not await _writers(txn, inode.id):
+        raise TornError(inode.id)
+
+
+async def clear_torn(context: Context, inode_id: InodeId, request: RequestId) -> None:
+    """Cut what a failed write has left; for no late copy, whose client has written again since."""
+
+    async def record(txn: Transaction) -> None:
+        inode = await find_inode(txn, inode_id)
+        if inode is None or not inode.torn or await context.replies.is_known(txn, request):
+            return
+        if not await _writers(txn, inode_id):
+            await cut_behind(txn, inode, inode.length)
+            store_inode(txn, replace(inode, torn=False))
+
+    await context.trims.finish(inode_id)
     await context.engine.run(record)
     await context.trims.perform(inode_id)
 

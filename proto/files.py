@@ -44,6 +44,7 @@ class Inode(msgspec.Struct, frozen=True, gc=False):
     layout: Layout | None = None  # regular files only
     parent: InodeId = InodeId(0)  # directories only: what ".." is
     symlink: bytes = b""
+    torn: bool = False  # a write that failed may have left bytes behind the end
 
     def is_directory(self) -> bool:
         """Tell a directory."""

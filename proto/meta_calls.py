@@ -179,7 +179,8 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     `length` is the highest end of any write of this session since `truncate_version`; the file's
     length becomes max(current, length) if the truncate version is still the current one, and is
     left alone otherwise. With `close` the session ends (and an unlinked file may be collected).
-    With `durable` the answer comes only after the transaction is on stable storage.
+    With `durable` the answer comes only after the transaction is on stable storage. `torn`: a write
+    failed, and may have left bytes behind the end.
     """
 
     request: RequestId
@@ -191,6 +192,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     atime_ns: I64 | None = None
     close: bool = False
     durable: bool = False
+    torn: bool = False
 
 
 class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):

@@ -1,6 +1,7 @@
 """Open files: the write buffer, close-to-open, truncation, late errors, read-ahead."""
 
 import asyncio
+import contextlib
 import random
 
 import pytest
@@ -258,6 +259,24 @@ def test_close_tells_a_write_error_and_still_ends_the_session():
             await file.close()
         assert caught.value.code == Code.NO_SPACE
         assert not world.meta.sessions
+
+    run(test)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_o2_meta_is_told_once_that_a_write_has_failed(direct):
+    """Bytes of it may lie behind the end: who writes next must not make a hole over them."""
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"kept", direct=True)
+        world.head().refuse.append(Code.NO_SPACE)
+        with contextlib.suppress(EmberfsError):  # a buffered write fails later
+            await file.write(5000, b"lost", direct=direct)
+        with contextlib.suppress(EmberfsError):
+            await file.close()
+        assert [told.torn for told in world.meta.settled].count(True) == 1
+        assert world.meta.inodes[file.inode_id].length == 4
 
     run(test)
 

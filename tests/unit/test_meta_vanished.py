@@ -2,7 +2,9 @@
 
 import pytest
 
-from emberfs.meta import files
+from emberfs.kv import keys
+from emberfs.kv.transaction import Transaction
+from emberfs.meta import files, schema
 from emberfs.meta.clients import SEEN_MAX, Clients
 from emberfs.proto import meta_calls as calls
 from emberfs.proto.errors import Code
@@ -199,3 +201,66 @@ def test_a_client_is_dead_when_it_was_seen_alive_and_is_so_no_more() -> None:
     now[0] = make_snapshot(clients=dict.fromkeys(range(10, 11 + SEEN_MAX), True))
     clients.look()
     assert not clients.is_dead(1)  # forgotten: nothing is said of it
+
+
+async def torn_file(w: World) -> Inode:
+    """A file of 100 bytes; a write that failed has left something behind them."""
+    f = await w.create(b"f")
+    await w.settle(f.id, length=100, close=True, torn=True)
+    w.chunks.put(f.id, CHUNK, 500)
+    return f
+
+
+@pytest.mark.parametrize("how", ["open", "create"])
+def test_o2_the_next_writer_makes_holes_over_zeros_where_a_write_has_failed(how: str) -> None:
+    """Its failed write is told at close; nothing is listed where nothing is known of that."""
+
+    async def scene(w: World) -> None:
+        f = await torn_file(w)
+        await w.open_file(f.id, 4)
+        assert w.chunks.of(f.id) == {0: CHUNK, 1: 500}  # a reader sees nothing of it
+        if how == "open":
+            opened = await w.open_file(f.id, 5, write=True)
+        else:
+            opened = await w.create(b"f", session=5)
+        assert (opened.length, opened.torn) == (100, False)
+        assert w.chunks.of(f.id) == {0: 100}
+        w.chunks.log.clear()
+        await w.settle(f.id, session=5, close=True)
+        await w.open_file(f.id, 6, write=True)
+        assert w.chunks.log == []
+
+    play(scene)
+
+
+def test_o2_a_late_copy_of_an_open_cuts_nothing_of_a_torn_file() -> None:
+    """Its client has written behind the end since."""
+
+    async def scene(w: World) -> None:
+        f = await torn_file(w)
+        other = SessionId(9)
+        await w.settle(f.id, session=1, close=True)
+        await w.engine.run(lambda txn: _open_beside(txn, f, other))
+        request = calls.OpenRequest(
+            calls.Caller(0, 0), w.rid(), f.id, SessionId(5), read=True, write=True
+        )
+        assert (await files.open_(w.context, request)).inode.torn  # somebody else writes
+        await w.settle(f.id, session=9, close=True)
+        await files.open_(w.context, request)
+        assert w.chunks.of(f.id) == {0: CHUNK, 1: 500}
+
+    play(scene)
+
+
+async def _open_beside(txn: Transaction, inode: Inode, session: SessionId) -> None:
+    record = schema.Session(CLIENT, write=True, privileged=True)
+    txn.set(keys.session_key(inode.id, session), schema.SESSION.encode(record))
+
+
+def test_a_truncate_makes_a_torn_file_whole() -> None:
+    async def scene(w: World) -> None:
+        f = await torn_file(w)
+        assert not (await w.setattr(f.id, length=2 * CHUNK)).torn
+        assert w.chunks.of(f.id) == {0: 100}
+
+    play(scene)
