@@ -39,6 +39,7 @@ class Control:
         self.identity = 0  # of the cluster, learnt from the first answer
         self._connect = connect
         self._current = 0
+        self._watched = ""  # where the last stream of routing came from
         self._connections: dict[str, Connection] = {}
         self._closed = False
 
@@ -114,7 +115,7 @@ class Control:
         """
         problems: list[EmberfsError] = []
         for _ in self.addresses:
-            address = self._address()
+            address = self._watched = self._address()
             stream = self._connection(address).watch(self._id(), have_version)
             answered = False
             try:
@@ -133,6 +134,11 @@ class Control:
             finally:
                 await stream.aclose()
         _raise_all(problems)
+
+    @property
+    def watches_another(self) -> bool:
+        """Tell whether the stream comes from another mgmtd than the one that answers calls."""
+        return self._watched not in ("", self._address())
 
     async def close(self) -> None:
         """End all calls and connections."""

@@ -28,6 +28,11 @@ class RoutingSource(Protocol):
         """Yield every snapshot that is newer; see Control.watch."""
         ...
 
+    @property
+    def watches_another(self) -> bool:
+        """Tell whether the stream comes from another mgmtd than the one that answers calls."""
+        ...
+
 
 class Routing:
     """Follows the routing of one cluster, for ever and through restarts of mgmtd."""
@@ -82,10 +87,10 @@ class Routing:
         return lambda: self._callbacks.remove(callback)
 
     def expect(self, version: RoutingVersion) -> None:
-        """Note that mgmtd has published `version`: a stream that does not bring it has died.
+        """Note that mgmtd has published `version`; a stream from another one may never bring it.
 
-        It may be a stream from a mgmtd that was frozen or cut off, while another one leads: this
-        is known from heartbeats seconds before the stream itself is given up.
+        That one may be frozen or cut off while this one leads, as heartbeats know seconds before
+        the stream itself is given up. A stream from the same mgmtd is only slow, and left alone.
         """
         if version > self.snapshot.version and self._overdue is None and not self._closed:
             self._overdue = self._tasks.spawn(self._hurry(version), name="routing is late")
@@ -93,7 +98,7 @@ class Routing:
     async def _hurry(self, version: RoutingVersion) -> None:
         try:
             late = not await self.wait_newer(RoutingVersion(version - 1), LATE_NS)
-            if late and self._streaming is not None:
+            if late and self._streaming is not None and self._control.watches_another:
                 self._streaming.cancel()
         finally:
             self._overdue = None

@@ -75,6 +75,20 @@ async def a_file_is_cut_beyond_the_end_that_meta_knows(stage: Stage) -> None:
 
 
 @file_situation
+async def a_writer_dies_before_it_has_told_a_length(stage: Stage) -> None:
+    """It was told that its bytes are written: they are there when its session has ended."""
+
+    async def leave_open(fs: FileSystem) -> None:
+        file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)
+
+    await stage.at(1, leave_open)
+    stage.client(1).kill()
+    await stage.until(lambda: not stage.leftovers, 25)
+    expect(await stage.at(0, read), OLD)
+
+
+@file_situation
 async def a_file_is_cut_while_its_bytes_are_buffered(stage: Stage) -> None:
     """They were written before: they must not come behind the new end afterwards."""
 

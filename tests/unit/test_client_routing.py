@@ -1,4 +1,4 @@
-"""A routing stream that lags behind what heartbeats hear of is given up."""
+"""A routing stream from a mgmtd that does not lead any more is given up, a slow one is not."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -16,8 +16,9 @@ def snapshot(version: int) -> RoutingSnapshot:
 class TwoManagers:
     """The first stream brings version 1 and then nothing, as from a frozen process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, watches_another: bool) -> None:
         self.streams = 0
+        self.watches_another = watches_another
 
     async def watch(self, have_version: RoutingVersion) -> AsyncGenerator[RoutingSnapshot, None]:
         self.streams += 1
@@ -25,9 +26,9 @@ class TwoManagers:
         await asyncio.Event().wait()
 
 
-async def followed(expected: int) -> tuple[int, int]:
+async def followed(expected: int, *, another: bool = True) -> tuple[int, int]:
     """Return the version and the number of streams some time after a heartbeat's answer."""
-    source = TwoManagers()
+    source = TwoManagers(watches_another=another)
     routing = Routing(RealEnv(), source)
     await routing.start(SECOND)
     for _ in range(3):
@@ -44,3 +45,8 @@ def test_a_stream_that_is_behind_is_replaced_once() -> None:
 
 def test_a_stream_that_is_up_to_date_stays() -> None:
     assert asyncio.run(followed(1)) == (1, 1)
+
+
+def test_a_slow_stream_from_the_mgmtd_that_answers_is_waited_for() -> None:
+    """A large snapshot on a slow link would be cut off again with every heartbeat."""
+    assert asyncio.run(followed(2, another=False)) == (1, 1)
