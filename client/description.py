@@ -244,9 +244,17 @@ class OpenFile:
         metadata, session = self._services.metadata, self.session
 
         async def perform() -> Inode:
-            return await metadata.setattr(caller, self.inode_id, length=length, session=session)
+            return await metadata.setattr(
+                caller,
+                self.inode_id,
+                length=length,
+                session=session,
+                written=state.written,
+                truncate_version=state.truncate_version,
+            )
 
-        return await self._state.cut(length, perform, drop=True)
+        state = self._state
+        return await state.cut(length, perform, drop=True)
 
     def _check_write(self) -> None:
         if not self.writable or self.closed:

@@ -122,6 +122,11 @@ class FileState:
         self.written_stop = max(self.buffer.committed_stop, self.buffer.pending_stop())
         self._unsettled_stop = min(self._unsettled_stop, self.written_stop)
 
+    @property
+    def written(self) -> int:
+        """How long this client knows the file to be: by its writes that storage has, by its cut."""
+        return max(self._cut_length, min(self.buffer.committed_stop, self.written_stop), 0)
+
     # ------------------------------------------------------------ settlement
 
     @property

@@ -167,6 +167,8 @@ class Metadata:
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
         session: SessionId = NO_SESSION,
+        written: int = 0,
+        truncate_version: int = 0,
     ) -> Inode:
         """Change attributes; None leaves one alone, -1 as a time means the server's clock."""
         request = calls.SetattrRequest(
@@ -180,6 +182,8 @@ class Metadata:
             atime_ns=atime_ns,
             mtime_ns=mtime_ns,
             session=session,
+            written=written,
+            truncate_version=truncate_version,
         )
         return (await self._call(calls.SETATTR, request)).inode
 

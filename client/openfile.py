@@ -342,6 +342,8 @@ class OpenFiles:
                 atime_ns=atime_ns,
                 mtime_ns=mtime_ns,
                 session=session,
+                written=state.written if state is not None and length is not None else 0,
+                truncate_version=state.truncate_version if state is not None else 0,
             )
 
         state = self._states.get(inode)

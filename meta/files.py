@@ -27,7 +27,14 @@ from emberfs.meta.tree import (
     store_inode,
 )
 from emberfs.meta.trims import cut_behind
-from emberfs.meta.vanished import TornError, adopt, check_whole, clear_behind, clear_torn
+from emberfs.meta.vanished import (
+    TornError,
+    adopt,
+    check_whole,
+    clear_behind,
+    clear_torn,
+    told_length,
+)
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import FILE_BYTES_MAX, Inode
 from emberfs.proto.ids import CHUNKS_PER_FILE_MAX, InodeId, SessionId
@@ -180,7 +187,7 @@ async def _clear_behind(
         else:
             require(found, request.caller, WRITE)
 
-    await clear_behind(context, inode, request.request, length, check)
+    await clear_behind(context, inode, request, length, check)
 
 
 async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
@@ -273,8 +280,9 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         changed = inode
         if request.length is not None:
             await _check_truncate(txn, inode, request)
+            told = replace(inode, length=told_length(inode, request))
             changed = await _set_length(
-                txn, context, inode, request.length, request.caller, request.session
+                txn, context, told, request.length, request.caller, request.session
             )
         changed = with_attributes(changed, request, context.env.wall_ns())
         store_inode(txn, changed)

@@ -26,7 +26,7 @@ from emberfs.meta.tree import find_inode, store_inode
 from emberfs.meta.trims import Chunks, Trims, cut_behind
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import SECOND, InodeId
-from emberfs.proto.meta_calls import RequestId
+from emberfs.proto.meta_calls import CreateRequest, OpenRequest, RequestId, SetattrRequest
 
 TIMEOUT_NS = 10 * SECOND
 
@@ -83,10 +83,21 @@ async def adopt(context: Context, inode_id: InodeId) -> bool:
     return await context.engine.run(grow)
 
 
+def told_length(inode: Inode, request: object) -> int:
+    """How long the file is by all that was told: by meta's record, and by the caller that sets it.
+
+    A settlement that was not durable, a power cut has made us forget; its writer has not. A version
+    that is higher than ours is that of a cut which was undone in the same way, before it cut.
+    """
+    if isinstance(request, SetattrRequest) and request.truncate_version >= inode.truncate_version:
+        return max(inode.length, request.written)
+    return inode.length
+
+
 async def clear_behind(
     context: Context,
     inode_id: InodeId,
-    request: RequestId,
+    request: CreateRequest | OpenRequest | SetattrRequest,
     length: int,
     check: Callable[[Transaction, Inode], Awaitable[None]],
 ) -> None:
@@ -101,12 +112,12 @@ async def clear_behind(
 
     async def nobody_writes(txn: Transaction) -> Inode | None:
         inode = await find_inode(txn, inode_id)
-        if inode is None or inode.layout is None or length < inode.length:
+        if inode is None or inode.layout is None or length < told_length(inode, request):
             return None
-        if await context.replies.is_known(txn, request):
+        if await context.replies.is_known(txn, request.request):
             return None
         await check(txn, inode)
-        others = await _writers(txn, inode_id) - {request.client}
+        others = await _writers(txn, inode_id) - {request.request.client}
         return inode if all(map(context.clients.is_dead, others)) else None
 
     inode = await context.engine.run(nobody_writes, read_only=True)
@@ -114,14 +125,15 @@ async def clear_behind(
         return
     if length > inode.length and await adopt(context, inode_id):
         return
-    first = inode.length // inode.layout.chunk_bytes
-    if await context.chunks.end_of(inode_id, inode.layout, first, TIMEOUT_NS) <= inode.length:
+    told = told_length(inode, request)
+    first = told // inode.layout.chunk_bytes
+    if await context.chunks.end_of(inode_id, inode.layout, first, TIMEOUT_NS) <= told:
         return
 
     async def record(txn: Transaction) -> None:
         now = await nobody_writes(txn)
         if now is not None:
-            await cut_behind(txn, now, now.length)
+            await cut_behind(txn, now, told_length(now, request))
 
     await context.engine.run(record)
     await context.trims.perform(inode_id)

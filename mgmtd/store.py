@@ -81,7 +81,11 @@ class ClusterStore:
         return await self._engine.run(work, durable=True)
 
     async def renew(self, mine: LeaseRecord) -> Stored:
-        """Raise the counter if the record is of this holder and epoch."""
+        """Raise the counter if the record is of this holder and epoch.
+
+        Stable before it counts: a renewal that a power cut of the store took back would show others
+        the record that they saw a lease ago, and who leads would seem to have been silent since.
+        """
 
         async def work(transaction: ReadWrite) -> Stored:
             stored = await self._read_leader(transaction)
@@ -91,7 +95,7 @@ class ClusterStore:
             transaction.set(self._leader, _ENCODE(renewed))
             return Stored(renewed, written=True)
 
-        return await self._engine.run(work)
+        return await self._engine.run(work, durable=True)
 
     # The cluster.
 

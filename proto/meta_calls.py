@@ -75,7 +75,8 @@ class GetattrRequest(msgspec.Struct, frozen=True, gc=False):
 class SetattrRequest(msgspec.Struct, frozen=True, gc=False):
     """Change attributes; None leaves one alone. A new length truncates (server-side, chunks too).
 
-    `now_ns` fields: -1 means the server's clock.
+    `now_ns` fields: -1 means the server's clock. `written`: with a new length, the highest end of
+    this client's writes since `truncate_version`; meta may have been told and forgotten it since.
     """
 
     caller: Caller
@@ -88,6 +89,8 @@ class SetattrRequest(msgspec.Struct, frozen=True, gc=False):
     atime_ns: I64 | None = None
     mtime_ns: I64 | None = None
     session: BoundedSession = SessionId(0)  # a write session skips the permission check of truncate
+    written: I64 = 0
+    truncate_version: U63 = 0
 
 
 class CreateRequest(msgspec.Struct, frozen=True, gc=False):

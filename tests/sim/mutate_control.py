@@ -1,5 +1,6 @@
 """Mutations of the management services: leases, chains, election, what is stored."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -187,3 +188,25 @@ def snapshots_share_a_version(patch: Patch) -> None:
 def a_leader_believes_its_lease_longer(patch: Patch) -> None:
     """It answers for two leases after its last renewal."""
     patch.set(ElectionTiming, "answer_ns", property(lambda self: 2 * self.lease_ns))
+
+
+@mutation("managers", VERSIONS)
+def renewals_are_not_stable(patch: Patch) -> None:
+    """A power cut of the store takes back that the leader was there."""
+
+    class Hasty:
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine
+
+        async def run(self, work: Any, *, durable: bool) -> Any:
+            return await self._engine.run(work)
+
+    def make(original: Any) -> Any:
+        async def renew(self: Any, mine: Any) -> Any:
+            hasty = copy.copy(self)
+            hasty._engine = Hasty(self._engine)
+            return await original(hasty, mine)
+
+        return renew
+
+    patch.wrap(ClusterStore, "renew", make)

@@ -98,3 +98,9 @@ def sessions_stay_open(patch: Patch) -> None:
         self._services.forget(self)
 
     patch.set(OpenFile, "_end", end)
+
+
+@mutation("meta power", CONTENT)
+def cuts_tell_no_length(patch: Patch) -> None:
+    """Who cuts a file does not say how far it has written."""
+    patch.set(FileState, "written", property(lambda _: 0))

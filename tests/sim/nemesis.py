@@ -15,6 +15,7 @@ from sim.moods import Mood
 from sim.tap import CONTROL, ROUTING, STORE, Message, Tap
 
 HOUR_NS = 3600 * SECOND
+CUT_REST_S = 6.0  # longer than a forwarded write waits for its lost answer
 HEIR_SHARE = 0.8
 HOT_SHARE = 0.4
 HOT_PAUSE_NS = 60 * MS
@@ -307,7 +308,10 @@ class Nemesis:
         other = self.dice.choice(others).name
         pairs = [(victim.name, other), (other, victim.name)]
         cut = self.dice.choice((pairs, pairs[:1], pairs[1:]))
-        await self._cut_links(cut, self.dice.choice((2.0, 6.0, 25.0)))
+        seconds = self.dice.choice((2.0, 6.0, 25.0))
+        await self._cut_links(cut, seconds)
+        if seconds == 2.0:  # too short to be acted on: they must not add up for one write
+            await asyncio.sleep(CUT_REST_S)
 
     async def _cut_off_and_deaf(self, victim: Machine) -> None:
         """Nobody in its chains reaches it; a little later it does not hear mgmtd for a while."""
@@ -368,7 +372,9 @@ class Nemesis:
         dice.shuffle(tap.held)
         network.counts["message held"] += len(tap.held)
         if dice.random() < 0.3:
-            del tap.held[len(tap.held) // 2 :]
+            # Nothing is missing from a stream: it ends where something is lost, and its pings tell.
+            lost = tap.held[len(tap.held) // 2 :]
+            tap.held[len(tap.held) // 2 :] = [held for held in lost if held[0].stream]
         tap.release()
         network.taps.remove(tap)
 

@@ -1,7 +1,6 @@
 """One simulation from its seed: a cluster, a load, faults, the end state, the checkers.
 
-python -m sim.run SEED [--mood NAME] [--seconds 30] [--trace]      one seed, told in full
-python -m sim.run --many 200 [--first 0] [--wall SECONDS]          many, with a summary
+python -m sim.run SEED [--mood NAME] [--seconds 30] [--trace]; many of them: sim.many.
 """
 
 import argparse

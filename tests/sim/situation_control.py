@@ -3,10 +3,13 @@
 import asyncio
 
 from emberfs.proto.cluster import PublicState
+from sim.disk import Fate
 from sim.machine import Machine
 from sim.scenario import BURIED_S, Scene
 from sim.situations import situation
 from sim.tap import Message
+
+NOTHING = Fate(data=False, rows=False)  # is left of what was not synced
 
 
 def _leader(scene: Scene) -> Machine:
@@ -94,3 +97,27 @@ async def the_leader_cannot_reach_the_store(scene: Scene) -> None:
         await asyncio.sleep(6)
         assert _leader(scene) is not leader
         assert await hand.write(hand.place(), 0, 4096) == "ok"
+
+
+@situation(errors=True)
+async def power_of_the_store_fails_while_a_candidate_stands_still(scene: Scene) -> None:
+    """It last saw the record that a power cut brings back, and has seen no other since."""
+    world, leader = scene.world, _leader(scene)
+    candidate = next(machine for machine in world.mgmtd if machine is not leader)
+    rows = world.kv.disk.stores["/kv"]
+
+    def seen() -> bool:
+        record = candidate.service._election.record
+        return record is not None and record == leader.service._election.record
+
+    await scene.until(seen, 5)
+    rows.sync()  # as a commit of anybody who shares the store
+    candidate.process.pause()
+    await asyncio.sleep(4)
+    world.kv.disk.fate = NOTHING
+    world.kv.power_cut()
+    await asyncio.sleep(0.1)
+    world.kv.power_on()
+    scene.revive(world.kv)
+    candidate.process.resume()
+    await asyncio.sleep(1)

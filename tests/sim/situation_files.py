@@ -205,3 +205,26 @@ async def a_file_is_set_to_a_length_after_its_writer_has_died(stage: Stage) -> N
     await stage.at(0, lambda fs: fs.truncate(PATH, 505))
     expect(await stage.at(2, read), OLD[:505])
     stage.revive(stage.client(1))
+
+
+@file_situation
+async def power_of_meta_fails_before_a_writer_cuts_its_file(stage: Stage) -> None:
+    """Meta has forgotten how long the file was; its writer has not, and its bytes stay."""
+
+    async def leave(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w", direct=True)
+        await fs.cluster.metadata.stable()
+        await file.truncate(2 * len(OLD))
+        await file.write(OLD)
+        return file
+
+    file = await stage.at(0, leave)
+    stage.cut_meta(UNSYNCED_IS_LOST)
+    stage.power_on()
+
+    async def cut(_: FileSystem) -> None:
+        await file.truncate(len(OLD) - 7)
+        await file.close()
+
+    await stage.at(0, cut)
+    expect(await stage.at(1, read), OLD[:-7])

@@ -493,3 +493,16 @@ def test_a_write_of_an_older_epoch_is_refused() -> None:
         assert (await store.load(new)) == Loaded(identity=77)
 
     run(story)
+
+
+def test_a_renewal_that_counts_survives_a_power_cut_of_the_store() -> None:
+    async def story(site: Site) -> None:
+        rows = MemoryStore()
+        store = ClusterStore(Engine(RealEnv(), rows), "c", b"")
+        mine = LeaseRecord(NodeId(900), 1, "x", 1, 0, 1)
+        await store.claim(None, mine, 77)
+        renewed = (await store.renew(mine)).record
+        rows.crash()
+        assert (await store.look()).record == renewed
+
+    run(story)
