@@ -103,6 +103,16 @@ def test_c10_a_pending_removal_is_remembered_when_it_is_committed() -> None:
     assert store.tombstone(chunk) == (mark(2), mark(1))
 
 
+def test_r7_an_absence_from_elsewhere_does_not_answer_for_what_it_takes_away() -> None:
+    """A write that the chain has lost is not among its writers: its retry must be done."""
+    store, known, unknown = FakeEnv(1).open(), chunk_of(1), chunk_of(2)
+    for chunk, writers in ((known, (mark(2),)), (unknown, ())):
+        put(store, chunk, mark(1))
+        put(store, chunk, *writers, kind=REPLACE)
+        assert store.state(chunk) is None
+        assert store.tombstone(chunk) == writers
+
+
 def test_c10_r12_death_at_any_step_leaves_the_chunk_or_who_wrote_it() -> None:
     """Never neither: a removal and its memory are one batch."""
     for power_cut in (False, True):
@@ -167,6 +177,8 @@ def test_what_was_known_before_stays_behind_what_is_new() -> None:
     rows.bury(1, mark(1, 5), mark(2))
     rows.bury(1, mark(3), mark(1, 7))
     assert rows.of(1) == (mark(3), mark(1, 7), mark(2))
+    rows.bury(1, mark(4), mark(1, 6))  # of a chunk that a power cut has taken back
+    assert rows.of(1) == (mark(4), mark(1, 7), mark(3), mark(2))
     assert rows.found.bury(chunk_of(2), ()) is None
     assert rows.of(2) == ()
 
