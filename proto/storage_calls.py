@@ -183,18 +183,19 @@ class ListRequest(msgspec.Struct, frozen=True, gc=False):
     serving_only: bool = False  # refuse with NOT_SERVING unless the target serves
     with_writers: bool = False  # fill in ChunkRow.remembered
     heal: bool = True  # with verify: repair what is damaged from another replica
+    with_tombstones: bool = False  # list absent chunks, too, whose writers are known: recovery
 
 
 class ChunkRow(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One chunk on one target."""
 
     chunk: ChunkId
-    version: int
+    version: int  # 0: absent, or being created
     pending: int  # pending version, 0 if none
     length: int
     digest: int  # CRC32C over the chunk's block checksums and length
     damaged: bool = False  # verify found data that its checksums refute
-    remembered: tuple[RememberedWrite, ...] = ()  # if asked for
+    remembered: tuple[RememberedWrite, ...] = ()  # if asked for; of an absent chunk: its tombstone
 
 
 class ListAnswer(msgspec.Struct, frozen=True, gc=False):

@@ -110,6 +110,7 @@ class Committed(msgspec.Struct, frozen=True):
     """The store has committed; None when the chunk is absent now."""
 
     state: State | None
+    tombstone: tuple[RememberedWrite, ...] = ()  # of an absent chunk: who wrote it
 
 
 class Discarded(msgspec.Struct, frozen=True):

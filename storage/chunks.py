@@ -135,7 +135,7 @@ class ChunkStore:
             found = _read_format(env, path)
             files = BlockFiles(env.disk, path)
             store = open_store(f"{path}/meta")
-            table = ChunkTable(store, files, capacity_bytes)
+            table = ChunkTable(store, files, capacity_bytes, env.now_ns)
             self = cls(env, path, table, files, unlock)
             self._recover(found, distrust)
         except BaseException as problem:
@@ -205,6 +205,10 @@ class ChunkStore:
         return ChunkState(
             record.version, record.length, digest_of(record), record.remembered, waiting
         )
+
+    def tombstone(self, chunk: ChunkId) -> tuple[RememberedWrite, ...]:
+        """Return who wrote a chunk before it was removed; () if nothing is known. Raises DISK."""
+        return self._table.tombstones.of(chunk)
 
     def pending_chunks(self) -> list[ChunkId]:
         """Chunks with a pending version, in order."""
@@ -507,17 +511,27 @@ class ChunkStore:
             log.error("%s: cannot note that a sync failed: %s", self._path, problem)
 
     def list(
-        self, start: bytes, stop: bytes, limit: int, verify: bool = False
+        self,
+        start: bytes,
+        stop: bytes,
+        limit: int,
+        verify: bool = False,
+        tombstones: bool = False,
     ) -> tuple[list[ChunkRow], bytes]:
         """Return up to `limit` chunks of [start, stop) in order, and where to go on. [T]
 
         b"" as `start` or `stop` is open; b"" as the continuation is the end. `verify` reads all
-        data and marks what is damaged. Raises DISK.
+        data and marks what is damaged. `tombstones`: up to as many absent chunks with their
+        writers, too. Raises DISK.
         """
+        graves: dict[ChunkId, tuple[RememberedWrite, ...]] = {}
+        bound = stop
         with self._table.lock:
-            found = self._table.store.scan(*record_range(start, stop), limit=limit)
+            if tombstones:
+                graves, bound = self._table.tombstones.page(start, stop, limit)
+            found = self._table.store.scan(*record_range(start, bound), limit=limit)
             full = bool(limit) and len(found) == limit
-            bound = chunk_of_key(found[-1][0]) + b"\0" if full else stop
+            bound = chunk_of_key(found[-1][0]) + b"\0" if full else bound
             pending = {
                 chunk: waiting.record.version
                 for chunk, waiting in self._table.pending.items()
@@ -525,9 +539,13 @@ class ChunkStore:
             }
         rows = [self._row(decode_record(key, value), chunk_of_key(key), pending, verify)
                 for key, value in found]  # fmt: skip
+        present = {row.chunk for row in rows}
+        rows += [ChunkRow(chunk, 0, pending.pop(chunk, 0), 0, 0, remembered=writers)
+                 for chunk, writers in graves.items()
+                 if chunk not in present and (not bound or chunk < bound)]  # fmt: skip
         rows += [ChunkRow(chunk, 0, version, 0, 0) for chunk, version in pending.items()]
         rows.sort(key=lambda row: row.chunk)
-        return rows, bound if full else b""
+        return rows, bound if bound != stop or full else b""
 
     def _row(
         self, record: ChunkRecord, chunk: ChunkId, pending: dict[ChunkId, int], verify: bool

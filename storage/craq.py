@@ -66,7 +66,7 @@ from emberfs.storage.chunk_events import (
     StoreFailed,
     UpdateArrived,
 )
-from emberfs.storage.remembering import merge_remembered, recall, remember
+from emberfs.storage.remembering import recall, remember
 from emberfs.storage.view import NOBODY, View
 
 QUEUED_MAX = 512  # operations that wait for one chunk
@@ -116,7 +116,7 @@ class ChunkMachine:
 
     view: View
     state: State | None
-    tombstone: tuple[RememberedWrite, ...] = ()  # what a removed chunk remembered
+    tombstone: tuple[RememberedWrite, ...] = ()  # while the chunk is absent: who wrote it before
     exposed: bool = False  # the version in work may be committed further down the chain
     _queue: deque[_Operation] = field(default_factory=deque)
     _current: _Operation | None = None
@@ -286,9 +286,8 @@ class ChunkMachine:
             else:
                 text = f"write {request.tag.sequence} came after {last.sequence} of its channel"
                 self._answer(operation, (Code.SUPERSEDED, text), effects)
-        elif request.kind == UpdateKind.REMOVE and version == 0:
-            self._answer(operation, None, effects)
         else:
+            # Also the removal of an absent chunk is a version: that it was done must be remembered.
             self._take(operation, version + 1, self._with(request.tag, version + 1), effects)
 
     def _begin_hop(
@@ -296,13 +295,11 @@ class ChunkMachine:
     ) -> None:
         version = self.state.version if self.state is not None else 0
         pending = self.state.pending if self.state is not None else None
-        last = recall(self.state.remembered, request.tag) if self.state is not None else None
-        if request.version == version and last is not None and self._is(last, request):
-            operation.version, operation.length = version, self._length()
+        last = recall(self._remembered(), request.tag)
+        gone = request.kind == UpdateKind.REMOVE and self.state is None
+        if (request.version == version or gone) and last is not None and self._is(last, request):
+            operation.version, operation.length = request.version, self._length()
             self._answer(operation, None, effects)  # its answer was lost on the way
-        elif request.kind == UpdateKind.REMOVE and version == 0 and pending is None:
-            operation.version = request.version
-            self._answer(operation, None, effects)
         elif request.version != version + 1 or self._was_seen(request):
             # Either we differ from our predecessor, who then sends the whole content, or this is
             # a late duplicate, whose answer nobody waits for.
@@ -394,30 +391,14 @@ class ChunkMachine:
 
     def _on_committed(self, event: Committed, effects: list[Effect]) -> None:
         operation = self._working(Phase.PREPARE, Phase.COMMIT)
-        before, self.state = self.state, event.state
-        if event.state is None:
-            self._bury(operation, before)
-            operation.length = 0
-        else:
-            operation.length = event.state.length
+        self.state, self.tombstone = event.state, event.tombstone
+        operation.length = self._length()
         self._finish(operation, None, effects)
 
     def _on_discarded(self, event: Discarded, effects: list[Effect]) -> None:
         operation = self._working(Phase.DISCARD)
         self.state = event.state
         self._finish(operation, operation.failure, effects)
-
-    def _bury(self, operation: _Operation, before: State | None) -> None:
-        """Keep in memory who wrote a removed chunk, against late duplicates."""
-        source: tuple[RememberedWrite, ...] = ()
-        if before is not None:
-            source = before.pending.remembered if before.pending else before.remembered
-        request = operation.request
-        if request is not None and request.kind == UpdateKind.REMOVE:
-            source = remember(source or self.tombstone, request.tag, operation.version)
-        elif request is not None:
-            source = request.remembered or source
-        self.tombstone = merge_remembered(source, self.tombstone)
 
     def _on_store_failed(self, event: StoreFailed, effects: list[Effect]) -> None:
         operation = self._working(Phase.PREPARE, Phase.COMMIT, Phase.DISCARD)

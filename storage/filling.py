@@ -164,7 +164,7 @@ class Recovery:
         """Compare the next page of both inventories; return where it ends and what differs."""
         # Theirs first: what they get meanwhile comes from us, so ours is never the older one.
         theirs = await self._links.list(
-            ListRequest(view.successor, start, b"", PAGE_CHUNKS, serving_only=False)
+            ListRequest(view.successor, start, b"", PAGE_CHUNKS, with_tombstones=True)
         )
         own, own_next = await self._own_page(start)
         stop = common_end(own_next, theirs.next)
@@ -172,7 +172,9 @@ class Recovery:
 
     async def _own_page(self, start: bytes) -> tuple[list[ChunkRow], bytes]:
         store = self._replica.store
-        return await self._env.run_blocking(lambda: store.list(start, b"", PAGE_CHUNKS))
+        return await self._env.run_blocking(
+            lambda: store.list(start, b"", PAGE_CHUNKS, tombstones=True)
+        )
 
     async def _send_all(self, view: View, transfers: tuple[Transfer, ...]) -> list[EmberfsError]:
         """Send some chunks, a few at a time; return why some of them could not be sent.

@@ -92,22 +92,24 @@ class Sender:
         *,
         last_copy: bool = False,
     ) -> int:
-        """Send our committed version (or absence) as a REPLACE; return its bytes.
+        """Send our committed version (or absence, with who wrote before) as a REPLACE.
+
+        Return its bytes.
 
         `last_copy` as in send_pending.
         """
-        exists = state is not None and state.version > 0
-        length = state.length if state is not None and exists else 0
+        committed = state if state is not None and state.version else None
+        length = committed.length if committed is not None else 0
         await self._send_content(
             store,
             chunk,
             successor,
             chain_version,
-            version=state.version if state is not None and exists else 1,
+            version=committed.version if committed is not None else 1,
             reads=0,
             length=length,
-            remembered=state.remembered if state is not None and exists else (),
-            exists=exists,
+            remembered=committed.remembered if committed is not None else store.tombstone(chunk),
+            exists=committed is not None,
             last_copy=last_copy,
         )
         return length

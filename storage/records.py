@@ -6,9 +6,11 @@
     U chunk epoch              undo: the committed version before the first commit of a flush epoch;
                                empty when the chunk was absent
     G class group              recorded allocation bitmap; no row when no block is owned
+    T chunk                    who wrote a chunk that was removed (TombstoneRecord)
 
 R names the block that it belongs to, because versions of a chunk that is removed and written again
-start at 1 while the old block's redo data may still be needed to undo the removal.
+start at 1 while the old block's redo data may still be needed to undo the removal. T stays when the
+chunk is written anew (tombstones.py).
 """
 
 import struct
@@ -27,6 +29,7 @@ _COARSE_ABOVE_BYTES = 4 * MiB
 _COARSE_BYTES = 64 * KiB
 CHECKSUM_BYTES = 4
 NO_TRIM = (1 << 32) - 1
+_MS_MAX = 1 << 60  # far beyond any clock of a store
 
 _POSITION_VERSION = struct.Struct(">QQ")
 _EPOCH = struct.Struct(">Q")
@@ -80,6 +83,13 @@ class RedoRecord(msgspec.Struct, frozen=True, gc=False):
     data: bytes  # whole units, the last one up to the chunk's end
 
 
+class TombstoneRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """What is left of a removed chunk."""
+
+    at_ms: int  # when it was removed, in time during which the store was open
+    remembered: tuple[RememberedWrite, ...]
+
+
 def committed_from(pending: PendingRecord, before: ChunkRecord | None) -> ChunkRecord | None:
     """Return the record that a pending version becomes; None if it removes the chunk."""
     if pending.removes:
@@ -118,6 +128,11 @@ def undo_key(chunk: bytes, epoch: int) -> bytes:
     return b"U" + chunk + _EPOCH.pack(epoch)
 
 
+def tombstone_key(chunk: bytes) -> bytes:
+    """Key of what is left of a removed chunk."""
+    return b"T" + chunk
+
+
 def group_key(size_class: int, group: int) -> bytes:
     """Key of a group's bitmap."""
     return b"G" + _GROUP.pack(size_class, group)
@@ -133,8 +148,13 @@ def record_range(start: bytes, stop: bytes) -> tuple[bytes, bytes]:
     return b"M" + start, b"M" + stop if stop else b"N"
 
 
+def tombstone_range(start: bytes, stop: bytes) -> tuple[bytes, bytes]:
+    """Keys of the tombstones of chunks [start, stop); b"" is open."""
+    return b"T" + start, b"T" + stop if stop else b"U"
+
+
 def chunk_of_key(key: bytes) -> ChunkId:
-    """Return the chunk that an M, P, R or U row belongs to."""
+    """Return the chunk that an M, P, R, U or T row belongs to."""
     return ChunkId(key[1 : 1 + CHUNK_ID_BYTES])
 
 
@@ -156,9 +176,10 @@ def parse_undo_key(key: bytes) -> tuple[ChunkId, int]:
 # ---------------------------------------------------------------- values
 
 _encoder = msgspec.msgpack.Encoder()
-encode = _encoder.encode  # of ChunkRecord and PendingRecord
+encode = _encoder.encode  # of ChunkRecord, PendingRecord and TombstoneRecord
 _chunk_decoder = msgspec.msgpack.Decoder(ChunkRecord)
 _pending_decoder = msgspec.msgpack.Decoder(PendingRecord)
+_tombstone_decoder = msgspec.msgpack.Decoder(TombstoneRecord)
 T = TypeVar("T", ChunkRecord, PendingRecord)
 
 
@@ -173,6 +194,19 @@ def decode_record(key: bytes, value: bytes) -> ChunkRecord:
 def decode_pending(key: bytes, value: bytes) -> PendingRecord:
     """Parse a P value. Raises DISK when it cannot be one."""
     return _decode(_pending_decoder, key, value)
+
+
+def decode_tombstone(key: bytes, value: bytes) -> TombstoneRecord:
+    """Parse a T value. Raises DISK when it cannot be one."""
+    if len(key) != 1 + CHUNK_ID_BYTES:
+        raise _damaged(key, "its key has a wrong size")
+    try:
+        record = _tombstone_decoder.decode(value)
+    except UNDECODABLE as problem:
+        raise _damaged(key, str(problem)) from None
+    if not 0 <= record.at_ms < _MS_MAX:
+        raise _damaged(key, "no such time")
+    return record
 
 
 def _decode(decoder: "msgspec.msgpack.Decoder[T]", key: bytes, value: bytes) -> T:

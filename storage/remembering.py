@@ -31,7 +31,14 @@ def recall(remembered: Sequence[RememberedWrite], tag: WriteTag) -> RememberedWr
 def merge_remembered(
     own: tuple[RememberedWrite, ...], given: tuple[RememberedWrite, ...]
 ) -> tuple[RememberedWrite, ...]:
-    """Add what a tombstone still knows behind what the chunk itself remembers."""
-    known = {(row.client, row.channel) for row in own}
-    more = tuple(row for row in given if (row.client, row.channel) not in known)
-    return (own + more)[:REMEMBERED_MAX]
+    """Add what a tombstone still knows behind what the chunk itself remembers.
+
+    Of a (client, channel) that is in both the later write counts: that of the tombstone, if a power
+    cut has taken the chunk back to before it.
+    """
+    newest: dict[tuple[int, int], RememberedWrite] = {}
+    for row in (*own, *given):
+        known = newest.get((row.client, row.channel))
+        if known is None or known.sequence < row.sequence:
+            newest[row.client, row.channel] = row
+    return tuple(newest.values())[:REMEMBERED_MAX]

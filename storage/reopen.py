@@ -54,6 +54,7 @@ class Reopening:
         """Recover. Raises DISK when rows are damaged."""
         self._load_groups()
         self._load_rows()
+        self._table.tombstones.load()
         if power_cut:
             for chunk in sorted(self._undo.keys() | self._pending.keys()):
                 self._take_back(chunk)

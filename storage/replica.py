@@ -11,7 +11,7 @@ chunk is fetched anew. Crash windows are those between two effects of craq.py.
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,7 +21,7 @@ from emberfs.fabric.region import Slice
 from emberfs.proto.cluster import Chain
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, ChainVersion, ChunkId
-from emberfs.proto.storage_calls import RememberedWrite, UpdateRequest
+from emberfs.proto.storage_calls import UpdateRequest
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 from emberfs.storage import chunk_events as ev
@@ -37,7 +37,6 @@ log = logging.getLogger("emberfs.storage.replica")
 
 NEWER_CHAIN_WAIT_NS = 300 * MS  # how long a request may be ahead of our routing
 HOLD_NS = 60 * SECOND  # how long recovery and repair wait for an update of a chunk to end
-TOMBSTONES_MAX = 4096  # removed chunks whose writers are still known
 
 
 class _Waiter:
@@ -90,7 +89,6 @@ class TargetReplica:
         self._keys = 0
         self._leftover: set[ChunkId] = set(store.pending_chunks())
         self._finishing: set[ChunkId] = set()  # of them, those that a task rolls forward
-        self._tombstones: OrderedDict[ChunkId, tuple[RememberedWrite, ...]] = OrderedDict()
         self._view_changed = asyncio.Event()
         self._closed = False
 
@@ -313,8 +311,10 @@ class TargetReplica:
     def _arrive(self, chunk: ChunkId, event: ev.Event) -> None:
         active = self._active.get(chunk)
         if active is None:
-            tombstone = self._tombstones.get(chunk, ())
-            machine = ChunkMachine(self.view, self.store.state(chunk), tombstone)
+            state = self.store.state(chunk)
+            absent = state is None or not state.version
+            tombstone = self.store.tombstone(chunk) if absent else ()
+            machine = ChunkMachine(self.view, state, tombstone)
             active = self._active[chunk] = _Active(chunk, machine)
         self._feed(active, event)
 
@@ -336,10 +336,6 @@ class TargetReplica:
         """Forget a machine without work; keep what outlives it."""
         machine, chunk = active.machine, active.chunk
         del self._active[chunk]
-        if machine.state is None and machine.tombstone:
-            self._tombstones[chunk] = machine.tombstone
-            while len(self._tombstones) > TOMBSTONES_MAX:
-                self._tombstones.popitem(last=False)
         if machine.state is not None and machine.state.pending is not None:
             self._leftover.add(chunk)
         else:
@@ -417,28 +413,28 @@ class TargetReplica:
         """Change the store here and now; return what became of it."""
         try:
             work()
+            return self._store_changed(active)
         except Exception as problem:
             return self._store_failed(active, problem)
-        return self._store_changed(active)
 
     async def _step_in_thread(self, active: _Active, work: Callable[[], None]) -> None:
         try:
             await self.flusher.watch.run(work)
+            event = self._store_changed(active)
         except Exception as problem:
             event = self._store_failed(active, problem)
-        else:
-            event = self._store_changed(active)
         self._feed(active, event)
 
     def _store_changed(self, active: _Active) -> ev.Event:
         state = self.store.state(active.chunk)
+        tombstone = self.store.tombstone(active.chunk) if state is None else ()
         self._leftover.discard(active.chunk)
         if state is not None and state.pending is not None:
             return ev.Prepared(state)
         self.flusher.dirty = True
         active.removals += state is None
         self._tell(active)
-        return ev.Committed(state)
+        return ev.Committed(state, tombstone)
 
     def _store_failed(self, active: _Active, problem: Exception) -> ev.Event:
         if not isinstance(problem, EmberfsError):

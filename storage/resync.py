@@ -5,9 +5,12 @@ The predecessor of a SYNCING target is authoritative: whatever differs there is 
 unequal checksums); here every row has an end.
 
     there \\ here     absent              present
-    absent           -                   copy
+    absent           -, or bury          copy
     present          remove              same version and digest, nothing pending there: keep
                                          anything else: copy
+
+Bury: what we know of the writers of a removed chunk is told, if they do not know it. What only they
+know stays: it does no harm (tombstones.py).
 """
 
 from collections.abc import Sequence
@@ -52,12 +55,27 @@ def compare(own: Sequence[ChunkRow], theirs: Sequence[ChunkRow], stop: bytes) ->
     same_bytes = same_chunks = 0
     for chunk in sorted(mine.keys() | others.keys()):
         here, there = mine.get(chunk), others.get(chunk)
-        if here is not None and there is not None and _equal(here, there):
+        if here is not None and here.version:
+            if there is None or not _equal(here, there):
+                transfers.append(Transfer(chunk, here.length))
+                continue
             same_bytes += here.length
             same_chunks += 1
-        elif there is not None or (here is not None and here.version):
-            transfers.append(Transfer(chunk, here.length if here is not None else 0))
+        elif not _is_gone(there) or not _knows(there, here):
+            transfers.append(Transfer(chunk, 0))
     return Comparison(tuple(transfers), same_bytes, same_chunks)
+
+
+def _is_gone(there: ChunkRow | None) -> bool:
+    return there is None or not (there.version or there.pending)
+
+
+def _knows(there: ChunkRow | None, here: ChunkRow | None) -> bool:
+    """Tell whether they know of an absent chunk's writers what we know."""
+    told = there.remembered if there is not None else ()
+    newest = {(row.client, row.channel): row.sequence for row in told}
+    ours = here.remembered if here is not None else ()
+    return all(newest.get((row.client, row.channel), -1) >= row.sequence for row in ours)
 
 
 def _equal(here: ChunkRow, there: ChunkRow) -> bool:

@@ -285,7 +285,9 @@ class StorageService:
         view = replica.view
         limit = min(max(request.limit, 1), LIST_LIMIT_MAX)
         rows, more = await self._env.run_blocking(
-            lambda: replica.store.list(request.start, request.stop, limit, request.verify)
+            lambda: replica.store.list(
+                request.start, request.stop, limit, request.verify, request.with_tombstones
+            )
         )
         if request.serving_only:
             self._must_serve(replica)

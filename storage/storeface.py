@@ -63,6 +63,10 @@ class Store(Protocol):
         """Return the committed and pending version."""
         ...
 
+    def tombstone(self, chunk: ChunkId) -> tuple[RememberedWrite, ...]:
+        """Return who wrote a chunk that was removed."""
+        ...
+
     def is_quick(
         self, kind: UpdateKind, length: int, *, chunk: ChunkId | None = None, offset: int = 0
     ) -> bool:
@@ -150,7 +154,12 @@ class Store(Protocol):
         ...
 
     def list(
-        self, start: bytes, stop: bytes, limit: int, verify: bool = False
+        self,
+        start: bytes,
+        stop: bytes,
+        limit: int,
+        verify: bool = False,
+        tombstones: bool = False,
     ) -> tuple[list[ChunkRow], bytes]:
         """Page through the inventory. Blocks."""
         ...

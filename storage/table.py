@@ -20,7 +20,7 @@ can be restored.
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -53,6 +53,7 @@ from emberfs.storage.records import (
     undo_key,
 )
 from emberfs.storage.redo import Overlay, RedoLog, units_of
+from emberfs.storage.tombstones import Tombstones
 
 PENDING = -1  # as a version: the pending one, whose number a replacement may share
 _CACHE_BYTES = 24 * MiB
@@ -88,12 +89,19 @@ class Undo:
 class ChunkTable:
     """State shared by the parts of one chunk store."""
 
-    def __init__(self, store: OrderedStore, files: BlockFiles, capacity_bytes: int) -> None:
+    def __init__(
+        self,
+        store: OrderedStore,
+        files: BlockFiles,
+        capacity_bytes: int,
+        now_ns: Callable[[], int],
+    ) -> None:
         self.store = store
         self.files = files
         self.capacity_bytes = capacity_bytes  # 0: as much as the file system gives
         self.lock = threading.RLock()
         self.allocator = Allocator()
+        self.tombstones = Tombstones(store, now_ns)
         self.pending: dict[ChunkId, Pending] = {}
         self.undo: dict[ChunkId, Undo] = {}
         self.redo: dict[int, RedoLog] = {}  # by block
@@ -237,7 +245,12 @@ class ChunkTable:
             dropped = moved and not keeps and not (undo is not None and undo.holds(old_block))
             if dropped:
                 changes += self.redo_deletions(old_block)
+            burial = None if after else self.tombstones.bury(chunk, record.remembered)
+            if burial is not None:
+                changes += burial.changes
             self._write(changes, added, [*removed, *([old_block] if dropped else [])])
+            if burial is not None:
+                self.tombstones.buried(burial)
             self._committed(chunk, pending, before, after, keeps, moved, dropped)
             self._hold(removed)
 

@@ -82,6 +82,7 @@ def _targets() -> list[tuple[Callable[[bytes], Any], type[Any] | None]]:
     found += [
         (lambda raw: records.decode_record(b"M", raw), records.ChunkRecord),
         (lambda raw: records.decode_pending(b"P", raw), records.PendingRecord),
+        (lambda raw: records.decode_tombstone(b"T" + bytes(12), raw), records.TombstoneRecord),
     ]
     for value in vars(schema).values():
         if isinstance(value, schema.Codec):

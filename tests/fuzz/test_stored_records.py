@@ -22,7 +22,7 @@ from emberfs.proto import ids
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.storage import records
-from emberfs.storage.records import ChunkRecord, PendingRecord, RedoRecord
+from emberfs.storage.records import ChunkRecord, PendingRecord, RedoRecord, TombstoneRecord
 from fuzz.profile import budget
 from fuzz.strategies import U32, U63, U64, damaged, hostile_of, structs_in, values_of
 
@@ -71,13 +71,21 @@ def test_r14_every_order_preserving_key_comes_back() -> None:
 
 
 KEY = b"M" + bytes(12)
+TOMBSTONE = records.encode(TombstoneRecord(1, ()))
 _CHUNK = values_of(ChunkRecord).map(records.encode)
 _PENDING = values_of(PendingRecord).map(records.encode)
+_TOMBSTONE = values_of(TombstoneRecord).map(records.encode)
 _REDO = st.builds(RedoRecord, U32, U32, st.binary(max_size=50)).map(records.encode_redo)
 
 DECODERS: dict[str, tuple[Callable[[bytes], Any], st.SearchStrategy[bytes], Code]] = {
     "chunk": (lambda raw: records.decode_record(KEY, raw), _CHUNK, Code.DISK),
     "pending": (lambda raw: records.decode_pending(KEY, raw), _PENDING, Code.DISK),
+    "tombstone": (lambda raw: records.decode_tombstone(KEY, raw), _TOMBSTONE, Code.DISK),
+    "tombstone key": (
+        lambda raw: records.decode_tombstone(raw, TOMBSTONE),
+        st.binary(max_size=40),
+        Code.DISK,
+    ),
     "redo": (lambda raw: records.decode_redo(KEY, raw), _REDO, Code.DISK),
     "bitmap": (lambda raw: records.parse_group_row(raw, raw), st.binary(max_size=20), Code.DISK),
     "redo key": (records.parse_redo_key, st.binary(max_size=40), Code.DISK),

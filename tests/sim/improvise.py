@@ -32,18 +32,21 @@ PATIENCE_S = 6.0
 UPDATES = tuple(held for held in HELD if held[0] == UPDATE.number)
 STALLS = ("prepare", "prepare_and_commit", "_flush_store")
 
-# Steps by theme. A removal amid restarts may be followed by the retry of what was removed: a known
-# gap (test_situations.py), hence only one of the two.
+# Steps by theme.
 _USE = ("write", "write", "write", "truncate", "read", "read", "sweep", "sweep", "flush")
+_FAULTS = ("bounce", "away", "out of sight", "alone", "stall", "long stall")
+_ANEW = ("restart", "restart", "away")
 _LATE = ("hold", "hold", "let go", "let go", "copy", "reset")
 THEMES: dict[str, tuple[str, ...]] = {
     "messages": (*_USE, *_LATE, "remove"),
-    "deaths": (*_USE, *_LATE, "bounce", "away", "kill", "revive"),
+    "deaths": (*_USE, *_LATE, "bounce", "away", "kill", "revive", "restart", "remove"),
+    # What was done and not answered is tried again when all servers are others.
+    "removals": ("write", "remove", "remove", "sweep", "sweep", "deaf", "deaf", *_ANEW),
     "partitions": (*_USE, *_LATE, "out of sight", "alone", "stall", "remove"),
     # In the end the power of all fails; what was flushed must be there.
-    "blackout": (*_USE, "flush", "flush", *_LATE, "stall", "bounce", "away"),
-    "losses": (*_USE, *_LATE, "power", "blank"),
-    "all": (*_USE, *_LATE, "bounce", "away", "out of sight", "alone", "stall", "long stall"),
+    "blackout": (*_USE, "flush", "flush", *_LATE, "stall", "bounce", "away", "remove"),
+    "losses": (*_USE, *_LATE, "power", "blank", "remove"),
+    "all": (*_USE, *_LATE, *_FAULTS, "restart", "remove"),
 }
 
 
@@ -108,6 +111,8 @@ class Improvisation:
         last: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "bounce": lambda: self._bounce(machine, 0.2),
             "away": lambda: self._bounce(machine, 7),
+            "restart": self._restart,
+            "deaf": lambda: self._deaf(hand),
             "out of sight": lambda: self._apart([machine], self._scene.world.mgmtd),
             "alone": lambda: self._alone(machine, hand),
             "power": lambda: self._lose(machine, blank=False),
@@ -155,6 +160,30 @@ class Improvisation:
         machine.kill()
         await asyncio.sleep(pause_s)
         self._scene.revive(machine)
+
+    async def _deaf(self, hand: Hand) -> None:
+        """A client's write is done, and it does not hear of that."""
+        storage = list(self._scene.world.storage)
+        tap = self._scene.tap(UPDATE.number, storage, [hand.machine], answers=True)
+        writing = hand.write(self._place, 0, 4096, 3 * PATIENCE_S)
+        self._using.append(asyncio.ensure_future(writing))
+        await asyncio.sleep(self._dice.choice((0.3, 1, 3)))
+        tap.lose()
+
+    async def _restart(self) -> None:
+        """All replicas, at once or one after the other: no memory of any process is left."""
+        machines, together = list(self._scene.world.storage), self._dice.random() < 0.5
+        self._dice.shuffle(machines)
+        pause_s = self._dice.choice((0.01, 0.2, 1))
+        for machine in machines:
+            machine.kill()
+            if not together:
+                await asyncio.sleep(pause_s)
+                self._scene.revive(machine)
+        if together:
+            await asyncio.sleep(pause_s)
+            for machine in machines:
+                self._scene.revive(machine)
 
     async def _lose(self, machine: Machine, *, blank: bool) -> None:
         """One at a time: two that lose what was not flushed may lose it for good."""

@@ -45,8 +45,9 @@ def recovery_leaves_removed_chunks(patch: Patch) -> None:
 
     def make(original: Any) -> Any:
         def compare(own: Any, theirs: Any, stop: bytes) -> Any:
-            mine = {row.chunk for row in own}
-            return original(own, [row for row in theirs if row.chunk in mine], stop)
+            mine = [row for row in own if row.version or row.pending]
+            here = {row.chunk for row in mine}
+            return original(mine, [row for row in theirs if row.chunk in here], stop)
 
         return compare
 

@@ -268,12 +268,6 @@ def no_room_for_a_commit_is_a_refusal(patch: Patch) -> None:
     patch.set(ChunkMachine, "_may_be_elsewhere", lambda self, operation: False)
 
 
-@mutation("messages, late messages", WRONG)
-def removed_chunks_forget_their_writers(patch: Patch) -> None:
-    """Nothing is remembered of who wrote a chunk that was removed."""
-    patch.set(ChunkMachine, "_bury", lambda self, operation, before: None)
-
-
 @mutation("aimed", WRONG)
 def leftovers_give_way_to_new_writes(patch: Patch) -> None:
     """A head overwrites a pending version that it finds, though others may have committed it."""

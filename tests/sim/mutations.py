@@ -164,11 +164,13 @@ def load() -> dict[str, Mutation]:
         mutate_files,
         mutate_meta,
         mutate_recovery,
+        mutate_removal,
         mutate_replica,
     )
 
-    chunks = (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client)
-    for module in (*chunks, mutate_failover, mutate_meta, mutate_files):
+    chunks = (mutate_replica, mutate_removal, mutate_recovery, mutate_disk)
+    control = (mutate_control, mutate_client)
+    for module in (*chunks, *control, mutate_failover, mutate_meta, mutate_files):
         assert module.__doc__
     return MUTATIONS
 

@@ -8,6 +8,7 @@ names and files, a seed), or leaves it out and says in the code why that guard i
 DIRECTED: dict[str, str] = {
     "a_blank_disk_is_forgotten_by_a_restart": "an_empty_disk_returns_twice",
     "a_leader_believes_its_lease_longer": "the_leader_cannot_reach_the_store",
+    "absent_chunks_are_not_compared": "a_replica_was_away_when_a_chunk_came_and_went",
     "acknowledged_before_successor": "a_write_waits_between_head_and_middle",
     "any_replica_revives_a_chain": "a_replica_that_missed_writes_returns_first",
     "blank_disk_stands_in": "an_empty_disk_returns_first_of_all",
@@ -79,6 +80,12 @@ DIRECTED: dict[str, str] = {
     "recovery_takes_no_lock": "a_chunk_is_to_be_sent_while_an_update_of_it_is_in_flight",
     "redo_data_is_lost": "power_fails_after_a_flush",
     "redo_rows_are_not_loaded": "power_fails_after_a_flush",
+    "removals_are_sent_without_their_writers": (
+        "a_replica_has_a_chunk_that_was_written_and_removed_without_it"
+    ),
+    "removals_of_nothing_are_forgotten": (
+        "a_write_comes_after_its_client_has_removed_the_absent_chunk"
+    ),
     "removed_chunks_forget_their_writers": "a_write_comes_again_after_a_removal",
     "renewals_are_not_stable": "power_of_the_store_fails_while_a_candidate_stands_still",
     "repair_empties_the_chunk": "a_byte_rots_at_the_head",
@@ -97,6 +104,8 @@ DIRECTED: dict[str, str] = {
     "tail_query_is_skipped": "a_forward_is_done_and_its_answer_lost",
     "targets_serve_before_they_are_filled": "a_replica_is_back_and_not_filled_yet",
     "the_dead_are_never_buried": "a_replica_is_away_for_long",
+    "tombstones_are_in_memory": "a_write_is_tried_again_after_a_removal_and_a_restart",
+    "tombstones_wait_for_the_next_removal": "a_write_is_tried_again_after_a_removal_and_a_restart",
     "truncation_keeps_the_tail": "a_chunk_grows_again_after_it_was_cut",
     "unwanted_members_are_put_out": "who_is_to_leave_does_not_hear_of_it",
     "unwanted_members_stay": "two_replicas_do_not_reach_each_other",

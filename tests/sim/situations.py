@@ -65,11 +65,13 @@ def load_all() -> dict[str, Situation]:
         situation_names,
         situation_power,
         situation_recovery,
+        situation_removal,
         situation_replica,
     )
 
     parts = (
         situation_replica,
+        situation_removal,
         situation_recovery,
         situation_fencing,
         situation_power,

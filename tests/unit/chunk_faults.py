@@ -14,7 +14,7 @@ from typing import NamedTuple
 from emberfs.kv.memory import MemoryStore
 from emberfs.kv.store import Change, Range
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import ChunkId, InodeId, KiB, pack_chunk_id
+from emberfs.proto.ids import MS, ChunkId, InodeId, KiB, pack_chunk_id
 from emberfs.proto.storage_calls import RememberedWrite, UpdateKind
 from emberfs.storage.chunks import ChunkStore
 
@@ -201,6 +201,9 @@ class FakeEnv:
         self.boot_id = "boot 1"
         self.host_key = "host"
         self.store = FusedStore(self.fuse, self.random)
+
+    def now_ns(self) -> int:
+        return self.fuse.count * MS
 
     def open(self, **options: int) -> ChunkStore:
         return ChunkStore.open(self, "t", open_store=lambda path: self.store, **options)  # type: ignore[arg-type]

@@ -137,7 +137,8 @@ def test_exactly_once_at_the_head() -> None:
         # replacements have any number
         (state(4), request(REPLACE, version=2), ["Prepare"]),
         (None, request(REPLACE, version=9), ["Prepare"]),
-        (None, request(REMOVE, version=9), ["Reply"]),
+        # an absent chunk's removal is a version, too
+        (None, request(REMOVE, version=1), ["Prepare"]),
     ],
 )
 def test_hop(have: ChunkState | None, update: UpdateRequest, expected: list[str]) -> None:
@@ -232,8 +233,8 @@ def test_a_leftover_that_cannot_be_finished_fails_who_waits_behind_it() -> None:
 def test_c10_s5_late_duplicates_after_a_removal() -> None:
     """A late duplicate does not bring a removed chunk back."""
     machine = ChunkMachine(view(successor=NOBODY), state(4, None, (RememberedWrite(9, 1, 7, 4),)))
-    arrive(machine, request(REMOVE, client=5))
-    machine.handle(ev.Committed(None), 0)
+    (prepare,) = arrive(machine, request(REMOVE, client=5))
+    machine.handle(ev.Committed(None, prepare.remembered), 0)
     assert recall(machine.tombstone, WriteTag(9, 1, 7)) is not None
     again = ChunkMachine(view(successor=NOBODY), None, machine.tombstone)
     (reply,) = arrive(again, request(sequence=6))
@@ -242,6 +243,28 @@ def test_c10_s5_late_duplicates_after_a_removal() -> None:
     (reply,) = arrive(hop, request(sequence=6, version=1))
     assert reply.code == Code.VERSION_GAP  # a living predecessor then sends the content
     assert kinds(arrive(again, request(sequence=8))) == ["Prepare"]
+
+
+def test_c10_a_removal_whose_answer_was_lost_is_answered_again() -> None:
+    """By a hop as by the head; what is another removal leads to the whole content."""
+    tombstone = (RememberedWrite(5, 1, 1, 9),)
+    hop = ChunkMachine(view(head=False), None, tombstone)
+    (reply,) = arrive(hop, request(REMOVE, client=5, version=9))
+    assert (reply.code, reply.version) == (None, 9)
+    (reply,) = arrive(hop, request(REMOVE, client=6, version=9))
+    assert reply.code == Code.VERSION_GAP
+    (reply,) = arrive(ChunkMachine(view(), None, tombstone), request(REMOVE, client=5))
+    assert (reply.code, reply.version) == (None, 9)
+
+
+def test_c10_the_removal_of_an_absent_chunk_is_remembered() -> None:
+    """Else an older write of the same channel, given up by then, would be done after it."""
+    machine = ChunkMachine(view(successor=NOBODY), None)
+    (prepare,) = arrive(machine, request(REMOVE, sequence=7))
+    assert prepare.version == 1
+    machine.handle(ev.Committed(None, prepare.remembered), 0)
+    (reply,) = arrive(machine, request(sequence=6), key=2)
+    assert reply.code == Code.SUPERSEDED
 
 
 def test_the_queue_is_first_in_first_out_and_holds_exclude_updates() -> None:

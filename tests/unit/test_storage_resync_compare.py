@@ -5,7 +5,7 @@ import random
 import pytest
 
 from emberfs.proto.ids import ChunkId, InodeId, pack_chunk_id
-from emberfs.proto.storage_calls import ChunkRow
+from emberfs.proto.storage_calls import ChunkRow, RememberedWrite
 from emberfs.storage.resync import END, Transfer, common_end, compare
 
 CHUNK = pack_chunk_id(InodeId(1), 0)
@@ -15,7 +15,14 @@ def row(version: int, pending: int = 0, length: int = 10, digest: int = 1, damag
     return ChunkRow(CHUNK, version, pending, length, digest, damaged)
 
 
+def gone(*sequences: int, pending: int = 0):
+    """An absent chunk; each writer by its sequence."""
+    writers = tuple(RememberedWrite(9, i, sequence, 1) for i, sequence in enumerate(sequences))
+    return ChunkRow(CHUNK, 0, pending, 0, 0, remembered=writers)
+
+
 KEEP, COPY, REMOVE = (), (Transfer(CHUNK, 10),), (Transfer(CHUNK, 0),)
+BURY = REMOVE
 
 
 @pytest.mark.parametrize(
@@ -35,12 +42,23 @@ KEEP, COPY, REMOVE = (), (Transfer(CHUNK, 10),), (Transfer(CHUNK, 0),)
         (row(3, pending=4), row(3), KEEP),  # ours will be forwarded
         (row(0, pending=1, length=0), None, KEEP),
         (row(3), row(0, pending=1, length=0), COPY),
+        (gone(5), None, BURY),
+        (gone(5), gone(), BURY),
+        (gone(5), gone(4), BURY),
+        (gone(5, 6), gone(5), BURY),
+        (gone(5), gone(5, 6), KEEP),  # what only they know does no harm
+        (gone(5), gone(7), KEEP),
+        (None, gone(5), KEEP),
+        (gone(5), gone(5, pending=1), REMOVE),
+        (gone(5), row(3), REMOVE),
+        (row(3), gone(5), COPY),
+        (gone(5, pending=1), None, BURY),
     ],
 )
 def test_compare(own: ChunkRow | None, theirs: ChunkRow | None, expected: tuple) -> None:
     found = compare([own] if own else [], [theirs] if theirs else [], END)
     assert found.transfers == expected
-    assert found.same_bytes == (10 if expected == KEEP and own and theirs else 0)
+    assert found.same_bytes == (10 if expected == KEEP and own and own.length else 0)
 
 
 def test_pages_of_different_reach_miss_nothing() -> None:
