@@ -38,6 +38,11 @@ if [ -n "$missing" ]; then
     fi
     # shellcheck disable=SC2086
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    if [ "${2:-}" = test ] && command -v systemctl >/dev/null; then  # nor after the next boot
+        for name in etcd postgresql; do
+            case "$missing" in *" $name"*) $as_root systemctl disable -q "$name" 2>/dev/null || true ;; esac
+        done
+    fi
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
