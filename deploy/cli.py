@@ -15,7 +15,7 @@ from rich.table import Table
 from emberfs.client.cluster import Cluster
 from emberfs.client.control import Control
 from emberfs.deploy import doctor as doctor_checks
-from emberfs.deploy import local_cluster, processes
+from emberfs.deploy import local_cluster, meta_store, processes
 from emberfs.deploy.fsck import GRACE_NS, Options, Report, check
 from emberfs.deploy.plan import Plan, load_plan, write_plan
 from emberfs.deploy.status import console, show, size
@@ -32,6 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+meta_app = typer.Typer(no_args_is_help=True, help="Backups of the metadata, and moves to a store.")
+app.add_typer(meta_app, name="meta")
 
 Directory = Annotated[
     Path, typer.Option("--directory", "-d", help="where the local cluster keeps everything")
@@ -88,6 +91,10 @@ def up(
     replicas: Annotated[
         int | None, typer.Option(min=1, max=99, help="copies of all data (default 3)")
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="metadata in etcd://..., postgres://... or fdb://... (default: here)"),
+    ] = None,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="only the servers")] = False,
 ) -> None:
     """Start a whole cluster on this host and mount it. Harmless when it runs already."""
@@ -103,7 +110,10 @@ def up(
         and (storages, replicas) != (storages and plan.storages, replicas and plan.replicas)
     ):
         fail("storages and replicas are fixed once the cluster exists; use another --directory")
+    if earlier and store not in (None, plan.store):
+        fail("the store is fixed once the cluster exists; move it with `emberfs meta dump`, `load`")
     wanted = {
+        "store": store,
         "mountpoint": str(mount.absolute()) if mount else None,
         "base_port": base_port,
         "storages": storages,
@@ -293,6 +303,46 @@ async def _fsck(plan: Plan, options: Options) -> Report:
         return await check(cluster, say, options)
     finally:
         await cluster.close()
+
+
+StoreUrl = Annotated[
+    str, typer.Option("--store", help="URL of the store (default: that of the local cluster)")
+]
+MgmtdUrl = Annotated[
+    str, typer.Option("--mgmtd-store", help="URL of the store of mgmtd, if it has one of its own")
+]
+
+
+def _stores(directory: Path, store: str, mgmtd: str) -> meta_store.Stores:
+    return meta_store.Stores(store, mgmtd) if store else meta_store.stores_of(plan_of(directory))
+
+
+@meta_app.command("dump")
+def meta_dump(
+    file: Annotated[Path, typer.Argument(help="new file")],
+    directory: Directory = HERE,
+    store: StoreUrl = "",
+    mgmtd_store: MgmtdUrl = "",
+    stopped: Annotated[
+        bool, typer.Option("--stopped", help="nobody writes: one moment is as good as another")
+    ] = False,
+) -> None:
+    """Write all metadata of one moment to a file, with checksums. RocksDB's: services stopped."""
+    stores = _stores(directory, store, mgmtd_store)
+    count = perform(meta_store.dump(RealEnv(), stores, file, stopped=stopped))
+    say(f"{count} rows, {size(file.stat().st_size)} in {file}")
+
+
+@meta_app.command("load")
+def meta_load(
+    file: Annotated[Path, typer.Argument(help="of `emberfs meta dump`")],
+    directory: Directory = HERE,
+    store: StoreUrl = "",
+    mgmtd_store: MgmtdUrl = "",
+) -> None:
+    """Fill an empty store from a file. The services must be stopped."""
+    count = perform(meta_store.load(RealEnv(), _stores(directory, store, mgmtd_store), file))
+    say(f"{count} rows loaded")
 
 
 def main() -> None:

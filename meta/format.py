@@ -3,7 +3,8 @@
 import stat
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction
+from emberfs.kv.transaction import Transaction
+from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.tree import add_inode
 from emberfs.proto.errors import Code, EmberfsError
@@ -20,6 +21,10 @@ async def open_file_system(
     """
 
     async def work(txn: Transaction) -> bool:
+        if await txn.get(keys.LOADING_KEY) is not None:
+            raise EmberfsError(
+                Code.CONFIG, "a load into the metadata store did not finish; clear it, load again"
+            )
         value = await txn.get(keys.FILE_SYSTEM_KEY)
         if value is not None:
             _check(schema.FILE_SYSTEM.decode(value), cluster)

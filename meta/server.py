@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable
 
 import msgspec
@@ -10,9 +11,12 @@ from emberfs.client.agent import Agent
 from emberfs.client.cluster import Cluster
 from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.server import Server
+from emberfs.kv.owned import OwnedEngine
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
-from emberfs.kv.transaction import Engine
+from emberfs.kv.transaction import Engine as LocalEngine
+from emberfs.kv.transactions import Engine
+from emberfs.kv.url import open_engine, parse_store
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
 from emberfs.meta.format import open_file_system
@@ -45,7 +49,8 @@ class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node: int
     mgmtd: tuple[str, ...]  # "ip:port" of the management service
     listen: tuple[str, ...]  # "tcp://127.0.0.1:9201", "shm:///path/to.sock"
-    data: str  # directory
+    data: str = ""  # directory
+    store: str = ""  # where the metadata lies, see kv/url.py; empty: in `data`
     host: str = ""  # name shown in status
     metrics_port: int = 0
     log_level: str = "INFO"
@@ -68,6 +73,10 @@ def check_config(config: MetaConfig) -> None:
         raise EmberfsError(Code.CONFIG, f"stripe = {config.stripe}: write 1 to {STRIPE_MAX}")
     if not (config.mgmtd and config.listen):
         raise EmberfsError(Code.CONFIG, "mgmtd and listen need at least one address each")
+    if config.store:
+        parse_store(config.store)
+    elif not config.data:
+        raise EmberfsError(Code.CONFIG, 'name a directory in "data", or a "store"')
     if config.session_grace_s <= 0 or config.start_timeout_s <= 0:
         raise EmberfsError(Code.CONFIG, "session_grace_s and start_timeout_s must be above 0")
 
@@ -88,6 +97,7 @@ class MetaService:
         self._wiring = wiring
         self._open_store = open_store
         self._engine: Engine | None = None
+        self._owned: OwnedEngine | None = None
         self._cluster: Cluster | None = None
         self._context: Context | None = None
         self._server: Server | None = None
@@ -98,8 +108,7 @@ class MetaService:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
         config, env = self._config, self._env
         timeout_ns = int(config.start_timeout_s * SECOND)
-        store = await env.run_blocking(lambda: self._open_store(os.path.join(config.data, "kv")))
-        self._engine = engine = Engine(env, store)
+        self._engine = engine = await self._open_engine(timeout_ns)
         CONFLICTS.set_function(lambda: engine.conflicts)
         made = await open_file_system(
             engine, config.cluster, uid=os.getuid(), gid=os.getgid(), now_ns=env.wall_ns()
@@ -115,6 +124,29 @@ class MetaService:
             wiring=self._wiring,
         )
         await self._serve(engine, self._cluster, timeout_ns)
+
+    async def _open_engine(self, timeout_ns: int) -> Engine:
+        config, env = self._config, self._env
+        if not config.store:
+            path = os.path.join(config.data, "kv")
+            return LocalEngine(env, await env.run_blocking(lambda: self._open_store(path)))
+        engine = await open_engine(env, config.store, timeout_ns=timeout_ns)
+        if not parse_store(config.store).is_shared:
+            return engine
+        self._owned = owned = OwnedEngine(env, engine, config.node)
+        try:
+            await owned.claim()
+        except BaseException:
+            self._owned = None
+            await engine.close()
+            raise
+        self._tasks.spawn(self._own(owned), name="meta claim")
+        return owned
+
+    async def _own(self, owned: OwnedEngine) -> None:
+        await owned.live()
+        log.error("another metadata server has taken over the store: this one stops")
+        signal.raise_signal(signal.SIGTERM)
 
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
@@ -200,6 +232,8 @@ class MetaService:
             await engine.sync()
         except EmberfsError as problem:
             log.error("the last transactions may be lost in a power cut: %s", problem)
+        if self._owned is not None and not self._owned.lost:
+            await self._owned.release()
         await engine.close()
 
 

@@ -15,7 +15,7 @@ import struct
 
 import msgspec
 
-from emberfs.kv.keys import span_of
+from emberfs.kv.keys import LOADING_KEY, span_of
 from emberfs.kv.transactions import ReadWrite, Transactions
 from emberfs.mgmtd.election import LeaseRecord, Stored
 from emberfs.mgmtd.events import Loaded, Persist
@@ -58,6 +58,16 @@ class ClusterStore:
         async def work(transaction: ReadWrite) -> Stored:
             await self._check_name(transaction)
             return Stored(await self._read_leader(transaction), written=False)
+
+        return await self._engine.run(work, read_only=True)
+
+    async def identity(self) -> int:
+        """Read the identity of the cluster, 0 if there is none yet."""
+
+        async def work(transaction: ReadWrite) -> int:
+            value = await transaction.get(self._identity)
+            identity: int = _INTEGER.decode(value) if value else 0
+            return identity
 
         return await self._engine.run(work, read_only=True)
 
@@ -163,13 +173,17 @@ class ClusterStore:
 
     async def _check_name(self, transaction: ReadWrite) -> bool:
         """Tell whether the store has a name already; refuse that of another cluster."""
+        if await transaction.get(LOADING_KEY) is not None:
+            raise EmberfsError(
+                Code.WRONG_CLUSTER, "a load into the store did not finish; clear it and load again"
+            )
         known = await transaction.get(self._cluster)
         if known is not None and known.decode("utf-8", "replace") != self._cluster_name:
             raise EmberfsError(
                 Code.WRONG_CLUSTER,
-                f'the data directory belongs to cluster "{known.decode("utf-8", "replace")}", the '
-                f'configuration says "{self._cluster_name}": set another "data" or the right '
-                '"cluster"',
+                f'the store belongs to cluster "{known.decode("utf-8", "replace")}", the '
+                f'configuration says "{self._cluster_name}": set another "data" or "store", or '
+                'the right "cluster"',
             )
         return known is not None
 
