@@ -5,6 +5,7 @@ the way does nothing twice, whichever server answers. Who is asked stands in met
 server that restarts is waited for until the deadline, if there is no other.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -44,13 +45,16 @@ class Metadata:
         *,
         deadline_ns: int = DEADLINE_NS,
         attempt_ns: int = ATTEMPT_NS,
+        since: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`since`: the routing version from which on this client is shown, see OpenRequest."""
         self.deadline_ns = deadline_ns  # of one logical call, all retries included
         self._env = env
         self._routing = routing
         self._nodes = NodeCalls(env, routing, peers)
         self._client_id = client_id
         self._attempt_ns = attempt_ns
+        self._since = since
         self._sequence = 0
         self._servers = MetaServers(env, client_id)
 
@@ -238,6 +242,7 @@ class Metadata:
             write=write,
             exclusive=exclusive,
             truncate=truncate,
+            since=self._since(),
         )
         return (await self._call(calls.CREATE, request)).inode
 
@@ -260,6 +265,7 @@ class Metadata:
             read=read,
             write=write,
             truncate=truncate,
+            since=self._since(),
         )
         return (await self._call(calls.OPEN, request)).inode
 

@@ -14,12 +14,14 @@ from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
 from emberfs.kv.transaction import Engine as EmbeddedEngine
 from emberfs.kv.transactions import Engine
+from emberfs.meta.chunkguard import ChunkGuard
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
 from emberfs.meta.format import open_file_system
 from emberfs.meta.metrics import CONFLICTS
 from emberfs.meta.orphans import Orphans
 from emberfs.meta.sessions import SessionSweeper
+from emberfs.meta.tenure import Alone, Shared, Tenure
 from emberfs.proto.cluster import Node, NodeKind
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import (
@@ -97,6 +99,7 @@ class MetaService:
         self._server: Server | None = None
         self._agent: Agent | None = None
         self._tasks = TaskSet()
+        self._incarnation = env.random.getrandbits(63) | 1
 
     async def start(self) -> None:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
@@ -129,6 +132,8 @@ class MetaService:
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
         policy = Policy(config.chunk_bytes, config.stripe)
+        tenure = self._tenure(cluster)
+        guard = ChunkGuard(env, cluster.routing, cluster.peers, tenure)
         context = Context(
             env,
             engine,
@@ -136,6 +141,8 @@ class MetaService:
             lambda: cluster.routing.snapshot,
             policy,
             lambda: self._routing_is_fresh(cluster),
+            tenure,
+            guard.of,
         )
         self._context = context
         await context.load()
@@ -155,6 +162,8 @@ class MetaService:
             env, cluster.control, self._node(endpoints), expect=cluster.routing.expect
         )
         await self._agent.start(timeout_ns)
+        if isinstance(tenure, Shared):
+            tenure.lease = self._agent
         context.start()
         sweeper = SessionSweeper(
             env,
@@ -163,12 +172,21 @@ class MetaService:
             cluster.chunkio,
             context.trims,
             context.clients,
+            tenure,
             grace_ns,
         )
         context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")
         self._tasks.spawn(orphans.live(), name="meta orphans")
         log.info("serving at %s", ", ".join(endpoints))
+
+    def _tenure(self, cluster: Cluster) -> Tenure:
+        config = self._config
+        if self._share_engine is None:
+            return Alone(self._incarnation, config.node)
+        return Shared(
+            self._env, NodeId(config.node), self._incarnation, lambda: cluster.routing.snapshot
+        )
 
     def _routing_is_fresh(self, cluster: Cluster) -> bool:
         """Tell whether mgmtd has answered lately, and what it knew then is here."""
@@ -186,7 +204,7 @@ class MetaService:
             kind=NodeKind.META,
             host=config.host,
             endpoints=tuple(endpoints),
-            incarnation=self._env.random.getrandbits(63),
+            incarnation=self._incarnation,
             alive=True,
             metrics=f"127.0.0.1:{config.metrics_port}" if config.metrics_port else "",
         )

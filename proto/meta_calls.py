@@ -107,6 +107,7 @@ class CreateRequest(msgspec.Struct, frozen=True, gc=False):
     write: bool
     exclusive: bool = False
     truncate: bool = False
+    since: U63 = 0  # see OpenRequest
 
 
 class MknodRequest(msgspec.Struct, frozen=True, gc=False):
@@ -163,7 +164,10 @@ class RenameRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class OpenRequest(msgspec.Struct, frozen=True, gc=False):
-    """Open a regular file: checks permission and records a session, so that unlink keeps it."""
+    """Open a regular file: checks permission and records a session, so that unlink keeps it.
+
+    `since`: routing of this version, or newer, shows the client alive until its lease has run out.
+    """
 
     caller: Caller
     request: RequestId
@@ -172,6 +176,7 @@ class OpenRequest(msgspec.Struct, frozen=True, gc=False):
     read: bool
     write: bool
     truncate: bool = False
+    since: U63 = 0
 
 
 class SettleRequest(msgspec.Struct, frozen=True, gc=False):

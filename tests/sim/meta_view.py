@@ -47,7 +47,9 @@ def seen_of(store: MemoryStore) -> Seen:
     answers = {}
     for key, value in _rows(store, keys.Prefix.REPLY):
         client, sequence = int.from_bytes(key[1:9], "big"), int.from_bytes(key[9:17], "big")
-        answers[client, sequence] = reply_in_words(schema.REPLY.decode(value))
+        reply = schema.REPLY.decode(value)
+        if not reply.code:  # else it is remembered to have failed
+            answers[client, sequence] = reply_in_words(reply)
     return Seen(tree, answers)
 
 
