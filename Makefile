@@ -72,5 +72,5 @@ bench: $(VENV)/installed-test  ## figures, limits and ratios
 
 proto: $(VENV)/installed-test  ## regenerate the gRPC stubs
 	@out=$$(mktemp -d) && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I tests/typecheck --python_out=$$out \
-	  --grpc_python_out=$$out --mypy_out=$$out --mypy_grpc_out=$$out emberfs/proto/control.proto && \
-	  cp $$out/emberfs/proto/control_pb2* proto/ && rm -r $$out
+	  --grpc_python_out=$$out --mypy_out=$$out --mypy_grpc_out=$$out emberfs/proto/control.proto emberfs/proto/etcd.proto && \
+	  cp $$out/emberfs/proto/control_pb2* $$out/emberfs/proto/etcd_pb2* proto/ && rm -r $$out

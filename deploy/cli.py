@@ -88,6 +88,10 @@ def up(
     replicas: Annotated[
         int | None, typer.Option(min=1, max=99, help="copies of all data (default 3)")
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="metadata in etcd://..., postgres://... or fdb://... (default: here)"),
+    ] = None,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="only the servers")] = False,
 ) -> None:
     """Start a whole cluster on this host and mount it. Harmless when it runs already."""
@@ -103,7 +107,10 @@ def up(
         and (storages, replicas) != (storages and plan.storages, replicas and plan.replicas)
     ):
         fail("storages and replicas are fixed once the cluster exists; use another --directory")
+    if earlier and store not in (None, plan.store):
+        fail("the store is fixed once the cluster exists; move it with `emberfs meta dump`, `load`")
     wanted = {
+        "store": store,
         "mountpoint": str(mount.absolute()) if mount else None,
         "base_port": base_port,
         "storages": storages,

@@ -4,7 +4,7 @@
 set -eu
 venv=$1
 want="fuse3 libfuse3-dev pkg-config gcc libc6-dev"
-[ "${2:-}" = test ] && want="$want fio git sqlite3 make e2fsprogs spin nftables iproute2 util-linux"
+[ "${2:-}" = test ] && want="$want fio git sqlite3 make e2fsprogs spin nftables iproute2 util-linux etcd-server etcd-client postgresql"
 python=${PYTHON:-python3}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
@@ -29,8 +29,20 @@ if [ -n "$missing" ]; then
     [ "$(id -u)" = 0 ] || as_root=sudo
     echo "installing Debian packages:$missing"
     $as_root apt-get update -qq
+    # The tests start their own servers: those of the packages must not come up by themselves.
+    policy=/usr/sbin/policy-rc.d
+    if [ "${2:-}" = test ] && [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' | $as_root tee "$policy" >/dev/null
+        $as_root chmod 755 "$policy"
+        trap '$as_root rm -f "$policy"' EXIT
+    fi
     # shellcheck disable=SC2086
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    if [ "${2:-}" = test ] && command -v systemctl >/dev/null; then  # nor after the next boot
+        for name in etcd postgresql; do
+            case "$missing" in *" $name"*) $as_root systemctl disable -q "$name" 2>/dev/null || true ;; esac
+        done
+    fi
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"

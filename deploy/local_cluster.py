@@ -14,6 +14,7 @@ from emberfs.deploy.plan import (
     load_plan,
     write_plan,
 )
+from emberfs.kv.url import parse_store
 from emberfs.mgmtd.placement import plan_chains
 from emberfs.proto.cluster import EMPTY_ROUTING, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
@@ -51,6 +52,12 @@ async def bring_up(env: Env, plan: Plan, say: Say, *, mount: bool = True) -> Rou
 
 
 def _check_plan(plan: Plan) -> None:
+    if plan.store and not parse_store(plan.store).is_shared:
+        raise EmberfsError(
+            Code.CONFIG,
+            f"--store {plan.store}: mgmtd and meta share it, so it must be etcd://, postgres:// or "
+            "fdb://; without --store each has a RocksDB of its own",
+        )
     if min(plan.replicas, plan.storages, plan.targets_per_storage) < 1:
         raise EmberfsError(
             Code.CONFIG,

@@ -31,6 +31,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicas: int = 3
     targets_per_storage: int = 3
     chunk_bytes: int = 1 << 20
+    store: str = ""  # of mgmtd and meta, shared; empty: each in its own directory
     storage_directories: tuple[str, ...] = ()  # instead of DIRECTORY/data/storageN
     durable_close: bool = True  # of the mount: see FuseConfig
     log_level: str = "INFO"
@@ -95,7 +96,7 @@ def service_settings(plan: Plan, name: str) -> dict[str, object]:
         return settings | {
             "node": MGMTD_NODE,
             "listen": plan.mgmtd_address,
-            "data": str(plan.path("data", name)),
+            **_state(plan, name),
         }
     settings["mgmtd"] = (plan.mgmtd_address,)
     if name == "fuse":
@@ -104,7 +105,7 @@ def service_settings(plan: Plan, name: str) -> dict[str, object]:
     if name == "meta":
         return settings | {
             "node": META_NODE,
-            "data": str(plan.path("data", name)),
+            **_state(plan, name),
             "chunk_bytes": plan.chunk_bytes,
         }
     place = plan.storage_names().index(name)
@@ -116,6 +117,10 @@ def service_settings(plan: Plan, name: str) -> dict[str, object]:
         "data": directories[place],
         "targets": plan.targets_per_storage,
     }
+
+
+def _state(plan: Plan, name: str) -> dict[str, object]:
+    return {"store": plan.store} if plan.store else {"data": str(plan.path("data", name))}
 
 
 def _toml(table: dict[str, object]) -> str:

@@ -80,6 +80,9 @@ class Transaction:
 
     def __init__(self, engine: "Engine", *, read_only: bool = False) -> None:
         self._engine = engine
+        self._prepare(read_only)
+
+    def _prepare(self, read_only: bool) -> None:
         self._read_only = read_only
         self._open = True
         self._view: View | None = None  # taken at the first read

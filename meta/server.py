@@ -12,8 +12,9 @@ from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.server import Server
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
-from emberfs.kv.transaction import Engine as EmbeddedEngine
+from emberfs.kv.transaction import Engine as LocalEngine
 from emberfs.kv.transactions import Engine
+from emberfs.kv.url import open_engine, parse_store
 from emberfs.meta.chunkguard import ChunkGuard
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
@@ -48,7 +49,8 @@ class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node: int
     mgmtd: tuple[str, ...]  # "ip:port" of the management service
     listen: tuple[str, ...]  # "tcp://127.0.0.1:9201", "shm:///path/to.sock"
-    data: str  # directory
+    data: str = ""  # directory
+    store: str = ""  # where the metadata lies, see kv/url.py; empty: in `data`
     host: str = ""  # name shown in status
     metrics_port: int = 0
     log_level: str = "INFO"
@@ -71,6 +73,10 @@ def check_config(config: MetaConfig) -> None:
         raise EmberfsError(Code.CONFIG, f"stripe = {config.stripe}: write 1 to {STRIPE_MAX}")
     if not (config.mgmtd and config.listen):
         raise EmberfsError(Code.CONFIG, "mgmtd and listen need at least one address each")
+    if config.store:
+        parse_store(config.store)
+    elif not config.data:
+        raise EmberfsError(Code.CONFIG, 'name a directory in "data", or a "store"')
     if config.session_grace_s <= 0 or config.start_timeout_s <= 0:
         raise EmberfsError(Code.CONFIG, "session_grace_s and start_timeout_s must be above 0")
 
@@ -87,7 +93,7 @@ class MetaService:
         open_store: Callable[[str], OrderedStore] = RocksStore,
         share_engine: Callable[[], Engine] | None = None,
     ) -> None:
-        """`share_engine`: how to reach a store that other servers use, too, instead of an own."""
+        """`share_engine`: how to reach a shared store, instead of what `config` says."""
         self._config = config
         self._env = env
         self._wiring = wiring
@@ -105,7 +111,7 @@ class MetaService:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
         config, env = self._config, self._env
         timeout_ns = int(config.start_timeout_s * SECOND)
-        self._engine = engine = await self._open_engine()
+        self._engine = engine = await self._open_engine(timeout_ns)
         CONFLICTS.set_function(lambda: engine.conflicts)
         made = await open_file_system(
             engine, config.cluster, uid=os.getuid(), gid=os.getgid(), now_ns=env.wall_ns()
@@ -122,12 +128,20 @@ class MetaService:
         )
         await self._serve(engine, self._cluster, timeout_ns)
 
-    async def _open_engine(self) -> Engine:
+    async def _open_engine(self, timeout_ns: int) -> Engine:
+        config, env = self._config, self._env
         if self._share_engine is not None:
             return self._share_engine()
-        path = os.path.join(self._config.data, "kv")
-        store = await self._env.run_blocking(lambda: self._open_store(path))
-        return EmbeddedEngine(self._env, store)
+        if config.store:
+            return await open_engine(env, config.store, timeout_ns=timeout_ns)
+        path = os.path.join(config.data, "kv")
+        return LocalEngine(env, await env.run_blocking(lambda: self._open_store(path)))
+
+    @property
+    def _is_shared(self) -> bool:
+        """Tell whether other servers may stand on the same store."""
+        store = self._config.store
+        return self._share_engine is not None or bool(store and parse_store(store).is_shared)
 
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
@@ -182,7 +196,7 @@ class MetaService:
 
     def _tenure(self, cluster: Cluster) -> Tenure:
         config = self._config
-        if self._share_engine is None:
+        if not self._is_shared:
             return Alone(self._incarnation, config.node)
         return Shared(
             self._env, NodeId(config.node), self._incarnation, lambda: cluster.routing.snapshot

@@ -117,6 +117,10 @@ class Manager:
             await term.close(problem)
         metrics.LEADS.set(0)
 
+    async def stored_identity(self) -> int:
+        """Return the identity that the store holds, 0 if none."""
+        return await self._store.identity()
+
     # What clients ask.
 
     def check_cluster(self, asked: ClusterId) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import NoReturn, TypeAlias, TypeVar
@@ -12,8 +13,11 @@ import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from emberfs.kv.keys import Prefix
+from emberfs.kv.memory import MemoryStore
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.transactions import Transactions
+from emberfs.kv.url import parse_store, remote_engine
 from emberfs.mgmtd import metrics
 from emberfs.mgmtd.embedded import EmbeddedEngine
 from emberfs.mgmtd.events import (
@@ -24,6 +28,7 @@ from emberfs.mgmtd.events import (
     Timing,
 )
 from emberfs.mgmtd.manager import Manager
+from emberfs.mgmtd.peers import PeerCheck
 from emberfs.proto import control_pb2 as pb
 from emberfs.proto.cluster import ClusterId, Node, NodeKind, RoutingSnapshot
 from emberfs.proto.control_pb2_grpc import MgmtdServicer, add_MgmtdServicer_to_server
@@ -38,6 +43,7 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, ChainId, NodeId, TargetId
 from emberfs.runtime.env import Env
 from emberfs.runtime.service import run_service
+from emberfs.runtime.tasks import TaskSet
 
 log = logging.getLogger("emberfs.mgmtd.server")
 
@@ -72,7 +78,9 @@ class MgmtdConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of emberfs-mgmtd."""
 
     cluster: str
-    data: str  # directory of the cluster's state
+    data: str = ""  # directory of the cluster's state
+    store: str = ""  # instead: see kv/url.py; several mgmtd may share one
+    peers: tuple[str, ...] = ()  # "ip:port" of the other mgmtd that share the store
     node: int = 1
     listen: str = "127.0.0.1:9000"  # port 0: any
     lease_s: float = 5.0
@@ -98,7 +106,7 @@ class MgmtdServer:
     """The running service."""
 
     def __init__(self, config: MgmtdConfig, env: Env, engine: Transactions) -> None:
-        """`engine` must be this process's alone; it is closed with the service."""
+        """`engine` is closed with the service."""
         own = Node(
             id=NodeId(config.node),
             kind=NodeKind.MGMTD,
@@ -111,10 +119,14 @@ class MgmtdServer:
         self.address = config.listen  # with the real port once started
         self._engine = engine
         # Its own RocksDB, which no other process can open: no predecessor is waited for. The keys
-        # have no prefix, as there is nothing else in it.
+        # in `data` have no prefix, as there is nothing else in it.
+        shared = bool(config.store) and parse_store(config.store).is_shared
+        prefix = bytes(Prefix.MGMTD.value) if config.store else b""
         self.manager = Manager(
-            env, engine, config.cluster, own, timing_of(config), exclusive=True, prefix=b""
+            env, engine, config.cluster, own, timing_of(config), exclusive=not shared, prefix=prefix
         )
+        self._peers = PeerCheck(env, config.cluster, config.peers, self.manager.stored_identity)
+        self._tasks = TaskSet()
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
@@ -127,14 +139,24 @@ class MgmtdServer:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         self.address = _bind(server, self.address)
+        await self._peers.once()
         await self.manager.start()
         await server.start()
+        self._tasks.spawn(self._watch_peers(), name="mgmtd peers")
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("cluster %s is managed at %s", self.manager.cluster, self.address)
 
+    async def _watch_peers(self) -> None:
+        try:
+            await self._peers.live()
+        except EmberfsError as problem:
+            log.error("%s; this one stops", problem.message)
+            signal.raise_signal(signal.SIGTERM)
+
     async def stop(self) -> None:
         """End the streams, answer what has arrived, close the store."""
+        await self._tasks.close()
         await self._health.enter_graceful_shutdown()
         await self.manager.close()
         await self._engine.close()
@@ -299,8 +321,21 @@ async def _abort(context: grpc.aio.ServicerContext, problem: EmberfsError) -> No
 
 async def build(config: MgmtdConfig, env: Env) -> MgmtdServer:
     """Make the service from its settings."""
-    engine = EmbeddedEngine(env, lambda: RocksStore(f"{config.data}/state"))
-    return MgmtdServer(config, env, engine)
+    return MgmtdServer(config, env, open_state(config, env))
+
+
+def open_state(config: MgmtdConfig, env: Env) -> Transactions:
+    """Return the engine of the cluster's state. EmberfsError(CONFIG) if none is named."""
+    if not config.store:
+        if not config.data:
+            raise EmberfsError(Code.CONFIG, 'name a directory in "data", or a "store"')
+        return EmbeddedEngine(env, lambda: RocksStore(f"{config.data}/state"))
+    url = parse_store(config.store)
+    if url.kind == "memory":
+        return EmbeddedEngine(env, MemoryStore)
+    if url.kind == "rocks":
+        return EmbeddedEngine(env, lambda: RocksStore(url.path))
+    return remote_engine(env, url)
 
 
 def main() -> None:

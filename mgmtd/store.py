@@ -61,6 +61,16 @@ class ClusterStore:
 
         return await self._engine.run(work, read_only=True)
 
+    async def identity(self) -> int:
+        """Read the identity of the cluster, 0 if there is none yet."""
+
+        async def work(transaction: ReadWrite) -> int:
+            value = await transaction.get(self._identity)
+            identity: int = _INTEGER.decode(value) if value else 0
+            return identity
+
+        return await self._engine.run(work, read_only=True)
+
     async def claim(
         self, expected: LeaseRecord | None, record: LeaseRecord, identity: int
     ) -> Stored:
@@ -163,9 +173,9 @@ class ClusterStore:
         if known is not None and known.decode("utf-8", "replace") != self._cluster_name:
             raise EmberfsError(
                 Code.WRONG_CLUSTER,
-                f'the data directory belongs to cluster "{known.decode("utf-8", "replace")}", the '
-                f'configuration says "{self._cluster_name}": set another "data" or the right '
-                '"cluster"',
+                f'the store belongs to cluster "{known.decode("utf-8", "replace")}", the '
+                f'configuration says "{self._cluster_name}": set another "data" or "store", or '
+                'the right "cluster"',
             )
         return known is not None
 
