@@ -9,6 +9,7 @@ it was deleted is left to the server that cut it, while that may go on.
 
 import asyncio
 import logging
+from collections import deque
 from typing import NamedTuple
 
 from emberfs.kv import keys
@@ -31,6 +32,8 @@ FILES_AT_ONCE = 8
 CHUNK_TIMEOUT_NS = 30 * SECOND
 IDLE_NS = 1 * SECOND
 FULL_PASS_TICKS = 60
+LATE_PASS_TICKS = 5
+LATE_NS = 30 * SECOND  # a row may come that late, after others of its time
 RETRY_FIRST_NS = 200 * MS
 RETRY_MAX_NS = 30 * SECOND
 
@@ -55,8 +58,10 @@ class Collector:
         self._tenure = tenure
         self._failed: dict[InodeId, _Failed] = {}
         # No row lies before it: spares the scan all the rows that were deleted. Now and then the
-        # queue is read from its beginning, for rows made while the time of day stepped back.
+        # queue is read from where that was some time ago, for rows of transactions that took long,
+        # and from its beginning, for rows made while the time of day stepped back.
         self._first = keys.span_of(keys.Prefix.DELETED.value).start
+        self._firsts: deque[tuple[int, bytes]] = deque([(env.now_ns(), self._first)])
         self._woken = asyncio.Event()
         self._tasks = TaskSet()
 
@@ -171,9 +176,17 @@ class Collector:
         while True:
             await self._env.sleep_ns(IDLE_NS)
             ticks += 1
+            self._firsts.append((self._env.now_ns(), self._first))
             if ticks % FULL_PASS_TICKS == 0:
                 self._first = keys.span_of(keys.Prefix.DELETED.value).start
+            elif ticks % LATE_PASS_TICKS == 0:
+                self._first = min(self._first, self._first_of_before())
             self._woken.set()
+
+    def _first_of_before(self) -> bytes:
+        while len(self._firsts) > 1 and self._firsts[1][0] <= self._env.now_ns() - LATE_NS:
+            self._firsts.popleft()
+        return self._firsts[0][1]
 
 
 def _inode_of(row: tuple[bytes, bytes]) -> InodeId:

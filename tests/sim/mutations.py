@@ -163,12 +163,13 @@ def load() -> dict[str, Mutation]:
         mutate_failover,
         mutate_files,
         mutate_meta,
+        mutate_metas,
         mutate_recovery,
         mutate_replica,
     )
 
     chunks = (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client)
-    for module in (*chunks, mutate_failover, mutate_meta, mutate_files):
+    for module in (*chunks, mutate_failover, mutate_meta, mutate_metas, mutate_files):
         assert module.__doc__
     return MUTATIONS
 
