@@ -146,6 +146,7 @@ class MetaService:
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
         policy = Policy(config.chunk_bytes, config.stripe)
+        self._refuse_beside_others(cluster)
         tenure = self._tenure(cluster)
         guard = ChunkGuard(env, cluster.routing, cluster.peers, tenure)
         context = Context(
@@ -193,6 +194,18 @@ class MetaService:
         self._tasks.spawn(sweeper.live(), name="meta sessions")
         self._tasks.spawn(orphans.live(), name="meta orphans")
         log.info("serving at %s", ", ".join(endpoints))
+
+    def _refuse_beside_others(self, cluster: Cluster) -> None:
+        """Two servers with a store each would be two file systems. EmberfsError(CONFIG)."""
+        nodes = cluster.routing.snapshot.nodes_of(NodeKind.META)
+        others = [node for node in nodes if node.alive and node.id != self._config.node]
+        if others and not self._is_shared:
+            raise EmberfsError(
+                Code.CONFIG,
+                f"metadata server {others[0].id} on {others[0].host or 'some host'} serves this "
+                'cluster; a second one needs the same "store", etcd://..., postgres://... or '
+                "fdb://..., in the configuration of both",
+            )
 
     def _tenure(self, cluster: Cluster) -> Tenure:
         config = self._config
