@@ -15,7 +15,7 @@ from rich.table import Table
 from emberfs.client.cluster import Cluster
 from emberfs.client.control import Control
 from emberfs.deploy import doctor as doctor_checks
-from emberfs.deploy import local_cluster, processes
+from emberfs.deploy import local_cluster, meta_store, processes
 from emberfs.deploy.fsck import GRACE_NS, Options, Report, check
 from emberfs.deploy.plan import Plan, load_plan, write_plan
 from emberfs.deploy.status import console, show, size
@@ -32,6 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+meta_app = typer.Typer(no_args_is_help=True, help="Backups of the metadata, and moves to a store.")
+app.add_typer(meta_app, name="meta")
 
 Directory = Annotated[
     Path, typer.Option("--directory", "-d", help="where the local cluster keeps everything")
@@ -309,6 +312,46 @@ async def _fsck(plan: Plan, options: Options) -> Report:
         return await check(cluster, say, options)
     finally:
         await cluster.close()
+
+
+StoreUrl = Annotated[
+    str, typer.Option("--store", help="URL of the store (default: that of the local cluster)")
+]
+MgmtdUrl = Annotated[
+    str, typer.Option("--mgmtd-store", help="URL of the store of mgmtd, if it has one of its own")
+]
+
+
+def _stores(directory: Path, store: str, mgmtd: str) -> meta_store.Stores:
+    return meta_store.Stores(store, mgmtd) if store else meta_store.stores_of(plan_of(directory))
+
+
+@meta_app.command("dump")
+def meta_dump(
+    file: Annotated[Path, typer.Argument(help="new file")],
+    directory: Directory = HERE,
+    store: StoreUrl = "",
+    mgmtd_store: MgmtdUrl = "",
+    stopped: Annotated[
+        bool, typer.Option("--stopped", help="nobody writes: one moment is as good as another")
+    ] = False,
+) -> None:
+    """Write all metadata of one moment to a file, with checksums. RocksDB's: services stopped."""
+    stores = _stores(directory, store, mgmtd_store)
+    count = perform(meta_store.dump(RealEnv(), stores, file, stopped=stopped))
+    say(f"{count} rows, {size(file.stat().st_size)} in {file}")
+
+
+@meta_app.command("load")
+def meta_load(
+    file: Annotated[Path, typer.Argument(help="of `emberfs meta dump`")],
+    directory: Directory = HERE,
+    store: StoreUrl = "",
+    mgmtd_store: MgmtdUrl = "",
+) -> None:
+    """Fill an empty store from a file. The services must be stopped."""
+    count = perform(meta_store.load(RealEnv(), _stores(directory, store, mgmtd_store), file))
+    say(f"{count} rows loaded")
 
 
 def main() -> None:

@@ -21,6 +21,10 @@ async def open_file_system(
     """
 
     async def work(txn: Transaction) -> bool:
+        if await txn.get(keys.LOADING_KEY) is not None:
+            raise EmberfsError(
+                Code.CONFIG, "a load into the metadata store did not finish; clear it, load again"
+            )
         value = await txn.get(keys.FILE_SYSTEM_KEY)
         if value is not None:
             _check(schema.FILE_SYSTEM.decode(value), cluster)

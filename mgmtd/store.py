@@ -15,7 +15,7 @@ import struct
 
 import msgspec
 
-from emberfs.kv.keys import span_of
+from emberfs.kv.keys import LOADING_KEY, span_of
 from emberfs.kv.transactions import ReadWrite, Transactions
 from emberfs.mgmtd.election import LeaseRecord, Stored
 from emberfs.mgmtd.events import Loaded, Persist
@@ -169,6 +169,10 @@ class ClusterStore:
 
     async def _check_name(self, transaction: ReadWrite) -> bool:
         """Tell whether the store has a name already; refuse that of another cluster."""
+        if await transaction.get(LOADING_KEY) is not None:
+            raise EmberfsError(
+                Code.WRONG_CLUSTER, "a load into the store did not finish; clear it and load again"
+            )
         known = await transaction.get(self._cluster)
         if known is not None and known.decode("utf-8", "replace") != self._cluster_name:
             raise EmberfsError(

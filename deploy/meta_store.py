@@ -1,0 +1,65 @@
+"""`emberfs meta dump` and `emberfs meta load`: backups of metadata, and moves between engines."""
+
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from emberfs.deploy.plan import Plan
+from emberfs.kv import dump as rows
+from emberfs.kv.transactions import Engine
+from emberfs.kv.url import open_engine
+from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.ids import SECOND
+from emberfs.runtime.env import Env
+
+OPEN_TIMEOUT_NS = 10 * SECOND
+
+
+class Stores(NamedTuple):
+    """Where metadata and the state of mgmtd lie, as URLs."""
+
+    store: str
+    mgmtd: str = ""  # a store of its own; empty: in the same
+
+
+def stores_of(plan: Plan) -> Stores:
+    """Return those of a local cluster."""
+    if plan.store:
+        return Stores(plan.store)
+    meta, mgmtd = plan.path("data", "meta", "kv"), plan.path("data", "mgmtd", "state")
+    return Stores(f"rocks://{meta}", f"rocks://{mgmtd}")
+
+
+async def dump(env: Env, stores: Stores, path: Path, *, stopped: bool) -> int:
+    """Write a new file; returns the number of rows. The file appears only when it is whole."""
+    if path.exists():
+        raise EmberfsError(Code.EXISTS, f"{path} exists; name another file")
+    part = path.with_name(path.name + ".part")
+    try:
+        async with AsyncExitStack() as held:
+            engine, mgmtd = await _open(env, stores, held)
+            file = held.enter_context(part.open("wb"))
+            count = await rows.dump(engine, file, stopped=stopped, mgmtd=mgmtd)
+        os.rename(part, path)
+        return count
+    finally:
+        part.unlink(missing_ok=True)
+
+
+async def load(env: Env, stores: Stores, path: Path) -> int:
+    """Fill empty stores; returns the number of rows."""
+    async with AsyncExitStack() as held:
+        file = held.enter_context(path.open("rb"))
+        engine, mgmtd = await _open(env, stores, held)
+        return await rows.load(engine, file, mgmtd=mgmtd)
+
+
+async def _open(env: Env, stores: Stores, held: AsyncExitStack) -> tuple[Engine, Engine | None]:
+    engine = await open_engine(env, stores.store, timeout_ns=OPEN_TIMEOUT_NS)
+    held.push_async_callback(engine.close)
+    mgmtd = None
+    if stores.mgmtd:
+        mgmtd = await open_engine(env, stores.mgmtd, timeout_ns=OPEN_TIMEOUT_NS)
+        held.push_async_callback(mgmtd.close)
+    return engine, mgmtd
