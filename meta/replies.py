@@ -105,7 +105,7 @@ class Replies:
     async def _look(self, txn: Transaction, request: RequestId) -> bytes | None:
         """Return the record of a request, if it has one. STALE if that may be forgotten."""
         value, mark = await txn.get_many((_key(request), keys.mark_key(request.client)))
-        forgotten = 0 if mark is None else schema.MARK.decode(mark).sequence
+        forgotten = -1 if mark is None else schema.MARK.decode(mark).sequence
         if value is None and request.sequence <= forgotten:
             raise EmberfsError(Code.STALE, "a copy of a call that was answered long ago")
         return value
