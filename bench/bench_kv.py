@@ -37,7 +37,7 @@ async def per_second(clients: int, step: Step) -> float:
         nonlocal done
         index = 0
         while time.perf_counter() - began < SECONDS:
-            await step(number * 1_000_000 + index)
+            await step((clients * 100 + number) * 1_000_000 + index)
             index += 1
             done += 1
 
@@ -50,7 +50,11 @@ def create_on(engine: Engine) -> Step:
 
     async def step(index: int) -> None:
         async def work(txn: Transaction) -> None:
-            parent, name, inode = b"Ip%d" % (index // 1_000_000), b"D%09d" % index, b"I%09d" % index
+            parent, name, inode = (
+                b"Ip%d" % (index // 1_000_000),
+                b"D%010d" % index,
+                b"I%010d" % index,
+            )
             await txn.get(parent)
             assert await txn.get(name) is None
             await txn.get(inode)
@@ -82,8 +86,8 @@ async def bench_rocks(path: str) -> None:
 
     async def bare(index: int) -> None:
         for kind in range(3):
-            store.get(b"z%d%09d" % (kind, index))
-        store.write([(b"z%d%09d" % (kind, index), VALUE) for kind in range(4)])
+            store.get(b"z%d%010d" % (kind, index))
+        store.write([(b"z%d%010d" % (kind, index), VALUE) for kind in range(4)])
         await env.run_blocking(store.sync)
 
     await compare("rocks", f"rocks://{path}/kv", bare)
@@ -115,8 +119,8 @@ async def bench_postgres(server: Postgres) -> None:
     await pool[0].commit()
 
     async def bare(index: int) -> None:
-        connection = pool[index // 1_000_000 % 16]
-        key = b"%09d" % index
+        connection = pool[index // 1_000_000 % 100 % 16]
+        key = b"%010d" % index
         for _ in range(3):
             await connection.execute("SELECT v FROM bare WHERE k = %b", (key,))
         await connection.execute("INSERT INTO bare VALUES (%b, %b)", (key, VALUE * 3))

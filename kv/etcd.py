@@ -13,6 +13,7 @@ PREFIX + "g" + number: the tombstones that one transaction made.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import aclosing
 
 from emberfs.kv.backend import Limits
 from emberfs.kv.etcd_link import FLAGS, EtcdLink
@@ -75,9 +76,10 @@ class EtcdBackend:
 
     async def await_write(self, key: bytes, version: int) -> None:
         """See Backend."""
-        async for answer in self.link.events(self.keys + key, version + 1):
-            if answer.events or answer.canceled:
-                return
+        async with aclosing(self.link.events(self.keys + key, version + 1)) as events:
+            async for answer in events:
+                if answer.events or answer.canceled:
+                    return
 
     async def close(self) -> None:
         """See Backend."""

@@ -1,7 +1,7 @@
 """The way to an etcd cluster: find its leader, call it, and say in our words what went wrong."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import NoReturn, Protocol, TypeVar
 
 import grpc
@@ -97,7 +97,9 @@ class EtcdLink:
             raise EmberfsError(Code.MAYBE_COMMITTED, words) from None
         raise AwayError(words) from None
 
-    async def events(self, key: bytes, start_revision: int) -> AsyncIterator[pb.WatchResponse]:
+    async def events(
+        self, key: bytes, start_revision: int
+    ) -> AsyncGenerator[pb.WatchResponse, None]:
         """Yield what happens to a key from a revision on. AwayError."""
         member = await self._member()
         create = pb.WatchCreateRequest(key=key, start_revision=start_revision)

@@ -34,7 +34,9 @@ _SETTINGS = ("enable_seqscan", "enable_bitmapscan")
 
 _CONFLICTS = ("40001", "40P01")
 _FULL = ("53100",)
-_AWAY = ("57P01", "57P02", "57P03", "53300", "25006", "25P03")  # going down, starting, a standby
+_DAMAGED = ("58", "XX")  # classes: its disk, its files
+_AWAY = ("08", "53", "57")  # classes: connection, no resources, going down or coming up
+_STANDBY = ("25006", "25P03")
 
 
 class Window:
@@ -170,14 +172,16 @@ async def answered(work: Awaitable[T], *, wrote: bool) -> T:
 def explained(problem: psycopg.Error, *, wrote: bool) -> EmberfsError:
     """Say in our words what went wrong.
 
-    CONFLICT, NO_SPACE, CONFIG. Else AwayError if nothing was to be committed, or MAYBE_COMMITTED.
+    CONFLICT, NO_SPACE, DISK, CONFIG. Else AwayError if nothing was to be committed, or MAYBE_COMMITTED.
     """
     state, words = problem.sqlstate or "", str(problem).strip().replace("\n", "; ")
     if state in _CONFLICTS:
         return EmberfsError(Code.CONFLICT, "something that was read has changed meanwhile")
     if state in _FULL:
         return EmberfsError(Code.NO_SPACE, f"PostgreSQL's disk is full: {words}")
-    if state and state[:2] != "08" and state not in _AWAY:
+    if state[:2] in _DAMAGED:
+        return EmberfsError(Code.DISK, f"PostgreSQL has a damaged disk or table ({state}): {words}")
+    if state and state[:2] not in _AWAY and state not in _STANDBY:
         return EmberfsError(Code.CONFIG, f"PostgreSQL refused a statement ({state}): {words}")
     try:
         _unknown(f"PostgreSQL: {words}", wrote=wrote)

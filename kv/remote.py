@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import TypeVar
 
-from emberfs.kv import slots
+from emberfs.kv import slots, tidy
 from emberfs.kv.backend import AwayError, Backend, Limits
 from emberfs.kv.history import ReadSet, WriteSet
 from emberfs.kv.slots import Doubt, Slots
@@ -28,6 +28,7 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
+from emberfs.runtime.tasks import TaskSet
 
 T = TypeVar("T")
 
@@ -294,6 +295,7 @@ class RemoteEngine:
         self._settling = asyncio.Lock()
         self._opening = asyncio.Lock()
         self._opened = False
+        self._tasks = TaskSet()
 
     async def open(self) -> None:
         """Check the server; `run` does it too. AwayError, or EmberfsError as Backend.open."""
@@ -301,6 +303,7 @@ class RemoteEngine:
             if not self._opened:
                 await self.backend.open()
                 self._opened = True
+                self._tasks.spawn(tidy.live(self._env, self.backend), name="kv tidy")
 
     def begin(self, *, read_only: bool = False) -> RemoteTransaction:
         """See transaction.Engine. Only once it is open."""
@@ -431,4 +434,5 @@ class RemoteEngine:
 
     async def close(self) -> None:
         """Release the server."""
+        await self._tasks.close()
         await self.backend.close()

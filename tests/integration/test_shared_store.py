@@ -32,7 +32,8 @@ def check_tree(place: Path) -> None:
         assert (place / "a" / name).read_text() == f"text {name[1:]}"
 
 
-def test_a_cluster_on_etcd_whose_meta_is_killed(etcd: Etcd, unstarted: LocalCluster) -> None:
+def test_r9_a_cluster_on_etcd_whose_meta_is_killed(etcd: Etcd, unstarted: LocalCluster) -> None:
+    """On a shared store the next metadata server takes over, and a second one is refused."""
     cluster, url = unstarted, f"etcd://{etcd.hosts}/killed"
     cluster.up("--store", url)
     write_tree(cluster.mount)
@@ -117,7 +118,8 @@ def test_metadata_moves_from_rocks_to_etcd_to_postgres_and_back(
         server.stop()
 
 
-def test_postgres_restarts_under_a_mount(unstarted: LocalCluster) -> None:
+def test_r9_postgres_restarts_under_a_mount(unstarted: LocalCluster) -> None:
+    """PostgreSQL crashes and returns under a mounted cluster; the mount goes on."""
     server = Postgres()
     try:
         unstarted.up("--store", server.url)

@@ -3,12 +3,14 @@
 import asyncio
 import itertools
 import os
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+import kv_fake_fdb
 from emberfs.kv.transaction import Transaction
 from emberfs.kv.transactions import Engine
 from emberfs.kv.url import open_engine
@@ -18,7 +20,7 @@ from kv_servers import Etcd, Postgres
 
 _NUMBERS = itertools.count(1)
 
-KINDS = ("memory", "rocks", "etcd", "postgres", "fdb", "faulty")
+KINDS = ("memory", "rocks", "etcd", "postgres", "fdb", "fdb stand-in", "faulty")
 SHARED = ("etcd", "postgres", "fdb")
 
 
@@ -83,6 +85,10 @@ def make_place(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Pla
                     "the suite on a cluster of yours"
                 )
             return Place(kind, f"fdb://{file}?{name}")
+        case "fdb stand-in":
+            monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+            monkeypatch.setitem(sys.modules, "fdb", kv_fake_fdb)
+            return Place(kind, f"fdb:///{name}?x")
         case _:
             return Place(kind, "memory:")
 

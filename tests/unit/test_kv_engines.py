@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from emberfs.kv import slots, tidy
+from emberfs.kv.remote import RemoteEngine
 from emberfs.kv.transaction import Transaction, pack_counter, unpack_counter
 from emberfs.kv.transactions import Engine
 from emberfs.proto.errors import Code, EmberfsError
+from emberfs.runtime.real import RealEnv
+from kv_faulty import FaultyBackend
 from unit.kv_engines import KINDS, Place, etcd, make_place, postgres, put, read_all
 
 __all__ = ["etcd", "postgres"]  # fixtures
@@ -20,7 +24,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return make_place(request.param, request, tmp_path)
 
 
-@pytest.fixture(params=["memory", "rocks", "etcd", "fdb"])
+@pytest.fixture(params=["memory", "rocks", "etcd", "fdb", "fdb stand-in"])
 def strict(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Stores where conflicts are exactly what was read, made by hand without faults."""
     return make_place(request.param, request, tmp_path)
@@ -343,6 +347,7 @@ def test_random_transactions_against_a_dictionary(place: Place) -> None:
 
 
 def test_o5_bank_sum_is_constant_for_every_reader(place: Place) -> None:
+    """On every engine: in a storm of conflicting transactions every reader sees one moment."""
     accounts, dice = 8, random.Random(1)
 
     async def work(engine: Engine) -> None:
@@ -524,7 +529,7 @@ def test_rows_survive_the_process(place: Place) -> None:
     place.live(read)
 
 
-@pytest.mark.parametrize("kind", ["etcd", "postgres", "fdb"])
+@pytest.mark.parametrize("kind", ["etcd", "postgres", "fdb", "fdb stand-in"])
 def test_processes_share_a_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     place = make_place(kind, request, tmp_path)
 
@@ -547,5 +552,42 @@ def test_processes_share_a_store(kind: str, request: pytest.FixtureRequest, tmp_
             assert await read_all(first) == await read_all(second) == expected
         finally:
             await second.close()
+
+    place.live(work)
+
+
+@pytest.mark.parametrize("kind", ["etcd", "postgres", "fdb", "faulty"])
+def test_what_dead_processes_left_is_folded(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = make_place(kind, request, tmp_path)
+
+    async def work(engine: Engine) -> None:
+        assert isinstance(engine, RemoteEngine)
+
+        async def add(txn: Transaction) -> None:
+            txn.add(b"Cx", 1)
+            await asyncio.sleep(0.001)
+
+        async def rows() -> int:
+            attempt = engine.backend.attempt(read_only=True)
+            found = await attempt.scan(*slots.SHARES, 0, False)
+            found += await attempt.scan(*slots.SLOTS, 0, False)
+            attempt.cancel()
+            return len(found)
+
+        if isinstance(engine.backend, FaultyBackend):
+            engine.backend.faults = 0
+        await asyncio.gather(*(engine.run(add) for _ in range(5)))
+        before = await rows()
+        assert before >= 2
+        assert await tidy.tidy(RealEnv(), engine.backend) == 0  # they are in use
+        assert await rows() == before
+        monkeypatch.setattr(tidy, "UNUSED_S", -10)
+        assert await tidy.tidy(RealEnv(), engine.backend) > 0
+        assert await rows() == 0
+        assert await read_all(engine) == {b"Cx": pack_counter(5)}
+        await engine.run(add)  # a slot that was folded though its process lives
+        assert await read_all(engine) == {b"Cx": pack_counter(6)}
 
     place.live(work)

@@ -193,7 +193,8 @@ def test_a_full_etcd_is_no_space() -> None:
         cluster.stop()
 
 
-def test_the_leader_is_killed_under_load_and_nothing_is_lost_or_doubled() -> None:
+def test_r9_the_leader_is_killed_under_load_and_nothing_is_lost_or_doubled() -> None:
+    """The leader of etcd dies under transactions: each of them happens exactly once."""
     cluster = Etcd(3)
 
     async def load() -> None:
