@@ -108,41 +108,40 @@ class Forgetting:
 
         async def forget(txn: Transaction) -> list[bytes]:
             rows = await txn.get_range(start, stop, limit=BATCH_ROWS, snapshot=True)
+            ages = [keys.unpack_reply_age_key(key) for key, _ in rows]
+            marks = await _marks_of(txn, sorted({age.client for age in ages}))
             highest: dict[int, int] = {}
-            for key, _ in rows:
-                age = keys.unpack_reply_age_key(key)
+            for (key, _), age in zip(rows, ages, strict=True):
+                txn.clear(key)
                 if age.sequence:
                     txn.clear(keys.reply_key(age.client, age.sequence))
                     highest[age.client] = max(age.sequence, highest.get(age.client, 0))
-                else:
-                    await self._forget_mark(txn, age)
-                txn.clear(key)
+                elif _age_of_mark(age.client, marks[age.client]) == age:  # not raised since
+                    txn.clear(keys.mark_key(age.client))
             for client, sequence in sorted(highest.items()):
-                await self._raise_mark(txn, client, sequence)
+                self._raise_mark(txn, client, sequence, marks[client])
             return [key for key, _ in rows]
 
         return await self._engine.run(forget)
 
-    async def _raise_mark(self, txn: Transaction, client: int, sequence: int) -> None:
-        key = keys.mark_key(client)
-        value = await txn.get(key)
-        if value is not None:
-            known = schema.MARK.decode(value)
+    def _raise_mark(
+        self, txn: Transaction, client: int, sequence: int, known: schema.Mark | None
+    ) -> None:
+        if known is not None:
             if known.sequence >= sequence:
                 return
-            txn.clear(keys.reply_age_key(_age_of_mark(client, known)))
+            txn.clear(keys.reply_age_key(keys.ReplyAge(known.server, known.age_ns, client, 0)))
         age_ns = self._now_ns() + MARK_KEPT_NS
         mark = schema.Mark(sequence, self._tenure.incarnation, age_ns)
-        txn.set(key, schema.MARK.encode(mark))
-        txn.set(keys.reply_age_key(_age_of_mark(client, mark)), b"")
-
-    async def _forget_mark(self, txn: Transaction, age: keys.ReplyAge) -> None:
-        """Forget a mark unless it was raised since."""
-        key = keys.mark_key(age.client)
-        value = await txn.get(key)
-        if value is not None and _age_of_mark(age.client, schema.MARK.decode(value)) == age:
-            txn.clear(key)
+        txn.set(keys.mark_key(client), schema.MARK.encode(mark))
+        txn.set(keys.reply_age_key(keys.ReplyAge(mark.server, age_ns, client, 0)), b"")
 
 
-def _age_of_mark(client: int, mark: schema.Mark) -> keys.ReplyAge:
-    return keys.ReplyAge(mark.server, mark.age_ns, client, 0)
+async def _marks_of(txn: Transaction, clients: list[int]) -> dict[int, schema.Mark | None]:
+    values = await txn.get_many([keys.mark_key(client) for client in clients])
+    marks = [None if value is None else schema.MARK.decode(value) for value in values]
+    return dict(zip(clients, marks, strict=True))
+
+
+def _age_of_mark(client: int, mark: schema.Mark | None) -> keys.ReplyAge | None:
+    return None if mark is None else keys.ReplyAge(mark.server, mark.age_ns, client, 0)

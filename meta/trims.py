@@ -128,7 +128,8 @@ class Trims:
             rows = await self._rows(start, stop)
             for key, value in rows:
                 inode, owner = InodeId(keys.unpack_inode_suffix(key)), _owner_of(value)
-                ours = self._tenure.holds(owner) or self._tenure.is_mine(inode)
+                left = self._tenure.is_over(owner) and self._tenure.is_mine(inode)
+                ours = left or self._tenure.holds(owner)
                 found |= {inode} if ours else set()
             start = rows[-1][0] + b"\0" if len(rows) == SCAN_ROWS else stop
         self._pending |= found

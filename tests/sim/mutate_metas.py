@@ -27,11 +27,7 @@ def retries_elsewhere_look_new(patch: Patch) -> None:
 @mutation("metas", NAMES)
 def forgotten_replies_leave_no_mark(patch: Patch) -> None:
     """When a reply is forgotten, a copy of its call is performed."""
-
-    async def raise_mark(self: Any, txn: Any, client: int, sequence: int) -> None:
-        return
-
-    patch.set(Forgetting, "_raise_mark", raise_mark)
+    patch.set(Forgetting, "_raise_mark", lambda self, txn, client, sequence, known: None)
 
 
 @mutation("metas storm", CONTENT)
