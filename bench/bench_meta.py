@@ -94,7 +94,7 @@ async def bench(path: str) -> None:
     creates = [
         calls.CREATE.encode_request(
             calls.CreateRequest(
-                WHO, calls.RequestId(1, i), ROOT_INODE, b"f%06d" % i, 0o644, i + 1, write=True
+                WHO, calls.RequestId(1, i + 1), ROOT_INODE, b"f%06d" % i, 0o644, i + 1, write=True
             )
         )
         for i in range(CALLS)

@@ -41,7 +41,13 @@ class Cluster:
         self.client_id = client_id
         self.peers = PeerPool(env, wiring.transports)
         self.chunkio = ChunkIO(env, routing, self.peers, client_id)
-        self.metadata = Metadata(env, routing, self.peers, client_id)
+        self.metadata = Metadata(
+            env,
+            routing,
+            self.peers,
+            client_id,
+            since=lambda: 0 if agent is None else agent.needs_version,
+        )
         self.files = OpenFiles(
             env,
             self.chunkio,

@@ -4,7 +4,8 @@ After lease and grace time the sessions of a client end, and files without a nam
 process that was frozen or cut off for so long would write chunks that nobody removes any more, and
 read zeros where its data was. So a lease that has run out stops writes until it is renewed, and
 every file is opened anew, under its old session, before it is used again. The same is done when a
-metadata server has begun a new life: a power cut may have taken sessions from it.
+metadata server has begun a new life: a power cut may have taken sessions from it. Not so where
+another one has lived on: what several servers share loses no commit.
 """
 
 from collections.abc import Awaitable, Callable
@@ -35,14 +36,19 @@ class Fence:
         self._membership = membership
         self._reopen = reopen
         self._metas: dict[NodeId, int] = {}  # lives of the metadata servers, by their incarnation
+        self._living: dict[NodeId, int] = {}  # those of them that are alive
         self._restarts = 0
         self._seen: dict[InodeId, tuple[int, int]] = {}  # when a file was known to be open
 
     def note_routing(self, snapshot: RoutingSnapshot) -> bool:
         """Tell whether a metadata server has begun a new life."""
-        metas = {node.id: node.incarnation for node in snapshot.nodes_of(NodeKind.META)}
+        nodes = snapshot.nodes_of(NodeKind.META)
+        metas = {node.id: node.incarnation for node in nodes}
+        living = {node.id: node.incarnation for node in nodes if node.alive}
         known, self._metas = self._metas, metas
-        again = any(known.get(node, life) != life for node, life in metas.items())
+        lived_on = any(self._living.get(node) == life for node, life in living.items())
+        self._living = living
+        again = not lived_on and any(known.get(node, life) != life for node, life in metas.items())
         self._restarts += again
         return again
 

@@ -95,6 +95,10 @@ def up(
         str | None,
         typer.Option(help="metadata in etcd://..., postgres://... or fdb://... (default: here)"),
     ] = None,
+    metas: Annotated[
+        int | None,
+        typer.Option("--meta", min=1, help="metadata servers; several need --store (default 1)"),
+    ] = None,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="only the servers")] = False,
 ) -> None:
     """Start a whole cluster on this host and mount it. Harmless when it runs already."""
@@ -112,8 +116,13 @@ def up(
         fail("storages and replicas are fixed once the cluster exists; use another --directory")
     if earlier and store not in (None, plan.store):
         fail("the store is fixed once the cluster exists; move it with `emberfs meta dump`, `load`")
+    if earlier and metas is not None and metas < earlier.metas:
+        fail(
+            f"the cluster has {earlier.metas} metadata servers; `up` adds some and takes none away"
+        )
     wanted = {
         "store": store,
+        "metas": metas,
         "mountpoint": str(mount.absolute()) if mount else None,
         "base_port": base_port,
         "storages": storages,

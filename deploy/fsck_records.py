@@ -281,5 +281,4 @@ async def name_in(records: Records, directory: InodeId, inode: InodeId) -> bytes
 
 
 def _reply_of(age_key: bytes) -> bytes:
-    _, client, sequence = keys.unpack_reply_age_key(age_key)
-    return keys.reply_key(client, sequence)
+    return keys.aged_key(keys.unpack_reply_age_key(age_key))

@@ -8,6 +8,7 @@ from emberfs.client.control import Control
 from emberfs.client.mountpoint import is_dead, is_ours, unmount
 from emberfs.deploy import processes
 from emberfs.deploy.plan import (
+    METAS_MAX,
     STORAGE_NODE_FIRST,
     UNIX_PATH_BYTES_MAX,
     Plan,
@@ -57,6 +58,14 @@ def _check_plan(plan: Plan) -> None:
             Code.CONFIG,
             f"--store {plan.store}: mgmtd and meta share it, so it must be etcd://, postgres:// or "
             "fdb://; without --store each has a RocksDB of its own",
+        )
+    if not 1 <= plan.metas <= METAS_MAX:
+        raise EmberfsError(Code.CONFIG, f"--meta {plan.metas}: write 1 to {METAS_MAX}")
+    if plan.metas > 1 and not plan.store:
+        raise EmberfsError(
+            Code.CONFIG,
+            f"--meta {plan.metas}: several metadata servers need one store that all of them reach; "
+            "pass --store etcd://... or postgres://..., or start one",
         )
     if min(plan.replicas, plan.storages, plan.targets_per_storage) < 1:
         raise EmberfsError(

@@ -15,7 +15,8 @@ from emberfs.deploy.processes import Process
 from emberfs.runtime.config import load_config
 
 MGMTD_NODE = 1
-META_NODE = 2
+META_NODE = 2  # of the first; the others follow
+METAS_MAX = 9
 STORAGE_NODE_FIRST = 11
 UNIX_PATH_BYTES_MAX = 100  # sun_path is 108; the region socket adds a suffix
 
@@ -32,6 +33,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     targets_per_storage: int = 3
     chunk_bytes: int = 1 << 20
     store: str = ""  # of mgmtd and meta, shared; empty: each in its own directory
+    metas: int = 1  # metadata servers, all on the shared store
     storage_directories: tuple[str, ...] = ()  # instead of DIRECTORY/data/storageN
     durable_close: bool = True  # of the mount: see FuseConfig
     log_level: str = "INFO"
@@ -51,7 +53,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def service_names(self) -> list[str]:
         """All services in start order, without the mount."""
-        return ["mgmtd", "meta", *self.storage_names()]
+        return ["mgmtd", *self.meta_names(), *self.storage_names()]
+
+    def meta_names(self) -> list[str]:
+        """Names of the metadata services."""
+        return ["meta", *(f"meta{number}" for number in range(2, self.metas + 1))]
 
     def process(self, name: str) -> Process:
         """Return the process of a service."""
@@ -66,7 +72,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def metrics_port(self, name: str) -> int:
         """Each service's Prometheus port."""
-        return self.base_port + 10 + [*self.service_names(), "fuse"].index(name)
+        first, *more = self.meta_names()  # who comes later moves nobody else's port
+        names = ["mgmtd", first, *self.storage_names(), "fuse", *more]
+        return self.base_port + 10 + names.index(name)
 
 
 def load_plan(directory: Path) -> Plan | None:
@@ -102,9 +110,9 @@ def service_settings(plan: Plan, name: str) -> dict[str, object]:
     if name == "fuse":
         return settings | {"mountpoint": plan.mountpoint, "durable_close": plan.durable_close}
     settings["listen"] = (f"shm://{plan.path('run', name + '.sock')}", "tcp://127.0.0.1:0")
-    if name == "meta":
+    if name in plan.meta_names():
         return settings | {
-            "node": META_NODE,
+            "node": META_NODE + plan.meta_names().index(name),
             **_state(plan, name),
             "chunk_bytes": plan.chunk_bytes,
         }

@@ -76,7 +76,7 @@ def _node_name(node: Node) -> str:
 def _memory(plan: Plan | None) -> dict[int, str]:
     if plan is None:
         return {}
-    names = {META_NODE: "meta"}
+    names = {META_NODE + place: name for place, name in enumerate(plan.meta_names())}
     names |= {STORAGE_NODE_FIRST + i: name for i, name in enumerate(plan.storage_names())}
     found = {}
     for node, name in names.items():

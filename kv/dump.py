@@ -2,7 +2,7 @@
 
 FILE: the magic, then blocks: length u32, CRC-32C u32, msgpack [[key, value], ...]. The last block
 is the number of all rows instead. Rows are in the order of keys and of one moment. What engines
-keep for themselves is not among them, nor who owned the store.
+keep for themselves is not among them.
 
 A store is filled in many transactions. LOADING_KEY is there from the first to the last of them:
 services refuse such a store, and so does a second load.
@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeAlias
 import msgspec
 from crc32c import crc32c
 
-from emberfs.kv.keys import LOADING_KEY, Prefix, span_of
+from emberfs.kv.keys import LOADING_KEY, Prefix
 from emberfs.kv.slots import ENGINE_ROWS
 from emberfs.kv.store import Row
 from emberfs.kv.transaction import Transaction
@@ -32,7 +32,6 @@ END = b"\xff" * 16
 _HEAD = struct.Struct(">II")
 _ENCODE = msgspec.msgpack.Encoder().encode
 _BLOCK = msgspec.msgpack.Decoder(list[tuple[bytes, bytes]] | int)
-_OWNER = span_of(Prefix.OWNER.value)
 _MGMTD = bytes(Prefix.MGMTD.value)
 
 Block: TypeAlias = list[Row]
@@ -57,7 +56,7 @@ async def pages(engine: Engine, *, stopped: bool = False) -> AsyncIterator[list[
                 txn.cancel()
                 txn = engine.begin(read_only=True)
                 continue
-            yield [row for row in rows if not _OWNER.start <= row[0] < _OWNER.stop]
+            yield rows
             if len(rows) < PAGE_ROWS:
                 return
             start = rows[-1][0] + b"\0"

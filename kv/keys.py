@@ -23,8 +23,8 @@ class Prefix(bytes, Enum):
     DELETED = b"G"  # + time + inode: waits for its chunks to be removed
     TRIM = b"T"  # + inode: shrunk, chunks beyond the end are still to be cut
     REPLY = b"R"  # + client + sequence: the remembered reply of a mutating call
-    REPLY_AGE = b"r"  # + time + client + sequence: the same in order of age
-    OWNER = b"O"  # one record: the life of the metadata server that may write
+    MARK = b"W"  # + client: up to which of its calls replies may be forgotten
+    REPLY_AGE = b"r"  # + server + time + client + sequence: the same in order of age
     ENGINE = b"\0"  # what engines keep for themselves: never in a backup
     MGMTD = b"M"  # everything of the management service; it divides its space itself
 
@@ -40,6 +40,7 @@ _U64 = struct.Struct(">Q")
 _INODE = struct.Struct("<Q")
 _TWO = struct.Struct(">QQ")
 _THREE = struct.Struct(">QQQ")
+_FOUR = struct.Struct(">QQQQ")
 
 # Plain bytes: slicing and adding enum members costs ten times as much.
 _P = {prefix: bytes(prefix.value) for prefix in Prefix}
@@ -53,7 +54,6 @@ _REPLY_AGE_PREFIX = _P[Prefix.REPLY_AGE]
 FILE_SYSTEM_KEY = _P[Prefix.FILE_SYSTEM]
 INODE_BLOCK_KEY = _P[Prefix.COUNTER] + b"inode-block"  # next block of ids to hand out
 SEARCHED_BLOCK_KEY = _P[Prefix.COUNTER] + b"searched-block"  # up to it: no lost inode has chunks
-OWNER_KEY = _P[Prefix.OWNER]
 LOADING_KEY = _P[Prefix.ENGINE] + b"l"  # there while a backup is being loaded
 STAMP_KEY = _P[Prefix.ENGINE] + b"n"  # last stamp given, where the engine has none of its own
 INODE_COUNT_KEY = _P[Prefix.COUNTER] + b"inodes"
@@ -142,17 +142,45 @@ def reply_key(client: int, sequence: int) -> bytes:
     return _REPLY_PREFIX + _TWO.pack(client, sequence)
 
 
-def reply_age_key(time_ns: int, client: int, sequence: int) -> bytes:
-    """Key of a remembered reply in order of age."""
-    return _REPLY_AGE_PREFIX + _THREE.pack(time_ns, client, sequence)
+def mark_key(client: int) -> bytes:
+    """Key of what was forgotten of a client."""
+    return _P[Prefix.MARK] + _U64.pack(client)
 
 
-def reply_age_span(before_ns: int) -> Span:
-    """All replies remembered before a time."""
-    return Span(_REPLY_AGE_PREFIX, _REPLY_AGE_PREFIX + _U64.pack(before_ns))
+class ReplyAge(NamedTuple):
+    """Which reply is how old: `time_ns` on the clock of the server that has answered."""
+
+    server: int
+    time_ns: int
+    client: int
+    sequence: int  # 0: it is the age of the client's mark
 
 
-def unpack_reply_age_key(key: bytes) -> tuple[int, int, int]:
-    """Return (time_ns, client, sequence)."""
+def reply_age_key(age: ReplyAge) -> bytes:
+    """Key of a remembered reply in order of age, among those of its server."""
+    return _REPLY_AGE_PREFIX + _FOUR.pack(*age)
+
+
+def reply_age_span(server: int, before_ns: int) -> Span:
+    """All replies that a server has remembered before a time."""
+    start = _REPLY_AGE_PREFIX + _U64.pack(server)
+    return Span(start, start + _U64.pack(before_ns))
+
+
+def reply_ages_of(server: int) -> Span:
+    """All replies that a server has remembered, or that were before servers were told apart."""
+    start = _REPLY_AGE_PREFIX + _U64.pack(server)
+    return Span(start, _REPLY_AGE_PREFIX + _U64.pack(server + 1))
+
+
+def unpack_reply_age_key(key: bytes) -> ReplyAge:
+    """Return what the key says. Before servers were told apart, keys began with the time."""
+    if len(key) == 1 + _FOUR.size:
+        return ReplyAge(*_FOUR.unpack(key[1:]))
     time_ns, client, sequence = _THREE.unpack(key[1:])
-    return time_ns, client, sequence
+    return ReplyAge(time_ns, time_ns, client, sequence)
+
+
+def aged_key(age: ReplyAge) -> bytes:
+    """Key of the record whose age it is."""
+    return reply_key(age.client, age.sequence) if age.sequence else mark_key(age.client)

@@ -74,7 +74,14 @@ class Transactions(Protocol):
 
 
 class Engine(Transactions, Protocol):
-    """All that an engine can do."""
+    """All that an engine can do.
+
+    Several metadata servers rely on more where they share a store: transactions are strictly
+    serializable (a transaction that begins after another was answered sees it, read-only ones too,
+    at whatever process either was), every commit is on stable storage before it is answered, and a
+    transaction whose process was frozen is refused if anything that it read was written since,
+    also if what was written is gone again.
+    """
 
     @property
     def conflicts(self) -> int:

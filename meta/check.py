@@ -267,7 +267,7 @@ def queue_finding(key: bytes, value: bytes) -> Finding:
 
 def age_finding(key: bytes, value: bytes) -> Finding:
     """The age of a reply that is not remembered."""
-    _, client, sequence = keys.unpack_reply_age_key(key)
+    _, _, client, sequence = keys.unpack_reply_age_key(key)
     mend = Mend(MendKind.DROP_RECORD, name=key, expected=value)
     text = f"age of a reply that does not exist, request {client:016x}/{sequence}"
     return Finding(text, "drop the age", mend)

@@ -5,6 +5,10 @@ client that it does not show may be new. So only who was seen alive before can b
 server may be out of touch with mgmtd nobody is: who has registered meanwhile, or renewed a lease
 that had run out, is not to be seen in old routing.
 
+Clients that say from which version of the routing on they are shown need no such memory: who is not
+alive in that version or a newer one has lost its lease. Every server comes to the same conclusion
+then, whoever of them has opened the file. The rest is for clients that do not.
+
 A client whose lease had run out opens its files anew before it writes again (client/fence.py). From
 that call on it is not called dead until routing has shown it alive: the news may come later.
 """
@@ -57,7 +61,13 @@ class Clients:
             self._seen.pop(client, None)
         self.on_heard(client)
 
-    def is_dead(self, client: int) -> bool:
-        """Tell whether a client was alive and its lease has run out."""
+    def is_dead(self, client: int, since: int = 0) -> bool:
+        """Tell whether a client was alive, `since` that version, and its lease has run out."""
         alive = self.alive()
-        return alive is not None and client in self._seen and client not in alive
+        if alive is None or client in alive:
+            return False
+        return self.shows(since) if since else client in self._seen
+
+    def shows(self, since: int) -> bool:
+        """Tell whether routing is that new, so that it shows who lives since then."""
+        return self._looked_at is not None and self._looked_at.version >= since

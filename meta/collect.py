@@ -2,11 +2,14 @@
 
 Crash windows: the inode leaves and its deletion record comes in one transaction; chunks go only
 after that is on stable storage (else a power cut could bring the name back without its data); the
-record goes last. Removing chunks twice is harmless.
+record goes last. Removing chunks twice is harmless, so several servers may be at it; they divide
+the queue. But the end of a cut (trims.py) could bring a chunk back: a file that was being cut when
+it was deleted is left to the server that cut it, while that may go on.
 """
 
 import asyncio
 import logging
+from collections import deque
 from typing import NamedTuple
 
 from emberfs.kv import keys
@@ -14,6 +17,7 @@ from emberfs.kv.transaction import Transaction
 from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.metrics import DELETED, DELETED_WAITING
+from emberfs.meta.tenure import Tenure
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import MS, SECOND, ChainId, InodeId
@@ -28,6 +32,8 @@ FILES_AT_ONCE = 8
 CHUNK_TIMEOUT_NS = 30 * SECOND
 IDLE_NS = 1 * SECOND
 FULL_PASS_TICKS = 60
+LATE_PASS_TICKS = 5
+LATE_NS = 30 * SECOND  # a row may come that late, after others of its time
 RETRY_FIRST_NS = 200 * MS
 RETRY_MAX_NS = 30 * SECOND
 
@@ -42,15 +48,20 @@ class _Failed(NamedTuple):
 class Collector:
     """Works through the deletion queue, for ever."""
 
-    def __init__(self, env: Env, engine: Engine, chunks: Chunks, trims: Trims) -> None:
+    def __init__(
+        self, env: Env, engine: Engine, chunks: Chunks, trims: Trims, tenure: Tenure
+    ) -> None:
         self._env = env
         self._engine = engine
         self._chunks = chunks
         self._trims = trims
+        self._tenure = tenure
         self._failed: dict[InodeId, _Failed] = {}
         # No row lies before it: spares the scan all the rows that were deleted. Now and then the
-        # queue is read from its beginning, for rows made while the time of day stepped back.
+        # queue is read from where that was some time ago, for rows of transactions that took long,
+        # and from its beginning, for rows made while the time of day stepped back.
         self._first = keys.span_of(keys.Prefix.DELETED.value).start
+        self._firsts: deque[tuple[int, bytes]] = deque([(env.now_ns(), self._first)])
         self._woken = asyncio.Event()
         self._tasks = TaskSet()
 
@@ -73,7 +84,7 @@ class Collector:
         start, left, gone = self._first, b"", 0
         while True:
             rows = await self._rows(start, stop)
-            due = [row for row in rows if self._is_due(_inode_of(row))]
+            due = [row for row in rows if self._is_due(_inode_of(row)) and self._is_ours(row)]
             if due:
                 await self._engine.sync()
             done = await self._collect_batch(due)
@@ -96,6 +107,15 @@ class Collector:
     def _is_due(self, inode: InodeId) -> bool:
         failed = self._failed.get(inode)
         return failed is None or failed.again_ns <= self._env.now_ns()
+
+    def _is_ours(self, row: tuple[bytes, bytes]) -> bool:
+        """Tell whether this server is to do it; not while another may be cutting the file yet."""
+        cutter = schema.DELETED.decode(row[1]).cutter
+        if cutter is not None and cutter.incarnation == self._tenure.incarnation:
+            return True
+        if cutter is not None and not self._tenure.is_over(cutter):
+            return False
+        return self._tenure.is_mine(_inode_of(row))
 
     async def _collect_batch(self, rows: list[tuple[bytes, bytes]]) -> set[bytes]:
         gate = asyncio.Semaphore(FILES_AT_ONCE)
@@ -156,9 +176,17 @@ class Collector:
         while True:
             await self._env.sleep_ns(IDLE_NS)
             ticks += 1
+            self._firsts.append((self._env.now_ns(), self._first))
             if ticks % FULL_PASS_TICKS == 0:
                 self._first = keys.span_of(keys.Prefix.DELETED.value).start
+            elif ticks % LATE_PASS_TICKS == 0:
+                self._first = min(self._first, self._first_of_before())
             self._woken.set()
+
+    def _first_of_before(self) -> bytes:
+        while len(self._firsts) > 1 and self._firsts[1][0] <= self._env.now_ns() - LATE_NS:
+            self._firsts.popleft()
+        return self._firsts[0][1]
 
 
 def _inode_of(row: tuple[bytes, bytes]) -> InodeId:

@@ -9,6 +9,8 @@ from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds
 from emberfs.meta.replies import Replies
+from emberfs.meta.schema import Owner
+from emberfs.meta.tenure import Alone, Tenure
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
@@ -36,32 +38,34 @@ class Context:
         routing: Callable[[], RoutingSnapshot],
         policy: Policy,
         is_fresh: Callable[[], bool] = lambda: True,
+        tenure: Tenure | None = None,
+        chunks_of: Callable[[Owner], Chunks] | None = None,
     ) -> None:
-        """`is_fresh`: see Clients."""
+        """`is_fresh`: see Clients; `tenure`, `chunks_of`: if other servers use the store, too."""
         self.env = env
         self.engine = engine
         self.routing = routing
         self.policy = policy
         self.ids = InodeIds(engine)
-        self.replies = Replies(env, engine)
+        self.tenure = tenure or Alone(env.random.getrandbits(63) | 1)
+        self.replies = Replies(env, engine, self.tenure)
         self.chunks = chunks
         self.clients = Clients(routing, is_fresh)
-        self.trims = Trims(env, engine, chunks)
-        self.collector = Collector(env, engine, chunks, self.trims)
+        self.trims = Trims(env, engine, self.tenure, chunks_of or (lambda owner: chunks))
+        self.collector = Collector(env, engine, chunks, self.trims, self.tenure)
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions
         self._tasks = TaskSet()
         self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())
 
     async def load(self) -> None:
         """Find what an earlier life of the server left to do. Before the first call."""
-        await self.replies.load()
         await self.trims.load()
 
     def start(self) -> None:
         """Begin the work in the background."""
         self.trims.start()
         self.collector.start()
-        self._tasks.spawn(self.replies.live(), name="meta replies")
+        self._tasks.spawn(self.replies.forgetting.live(), name="meta replies")
 
     async def close(self) -> None:
         """End the work in the background; what is unfinished stays recorded."""

@@ -26,7 +26,7 @@ from emberfs.meta.tree import (
     load_inode,
     store_inode,
 )
-from emberfs.meta.trims import cut_behind
+from emberfs.meta.trims import check_uncut, cut_behind
 from emberfs.meta.vanished import (
     TornError,
     adopt,
@@ -72,15 +72,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
             mode = stat.S_IFREG | stat.S_IMODE(request.mode)
             inode = new_inode(context, taken, parent, request.caller, mode)
             await add_name(txn, context, parent, request.name, inode)
-        _add_session(
-            txn,
-            context,
-            inode.id,
-            request.session,
-            request.request.client,
-            request.caller,
-            request.write,
-        )
+        _add_session(txn, context, inode.id, request)
         return InodeAnswer(inode)
 
     answer = await _run_open(context, CREATE, request, work)
@@ -94,6 +86,7 @@ async def _open_existing(
         raise EmberfsError(Code.EXISTS, f"{request.name!r} exists")
     inode = await load_inode(txn, inode_id)
     _check_openable(inode)
+    await check_uncut(txn, inode.id)
     require(inode, request.caller, WRITE if request.write or request.truncate else READ)
     if request.truncate:
         inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
@@ -110,9 +103,13 @@ async def _run_open(
     work: Callable[[Transaction], Awaitable[InodeAnswer]],
 ) -> InodeAnswer:
     """Perform an open; what a failed write has left behind the end is cut before."""
+
+    async def perform() -> InodeAnswer:
+        return await context.replies.run(method, request.request, work)
+
     while True:
         try:
-            return await context.replies.run(method, request.request, work)
+            return await context.trims.after(perform)
         except TornError as found:
             await clear_torn(context, found.inode, request.request)
 
@@ -127,26 +124,13 @@ def _check_openable(inode: Inode) -> None:
 
 
 def _add_session(
-    txn: Transaction,
-    context: Context,
-    inode: InodeId,
-    session: SessionId,
-    client: int,
-    caller: Caller,
-    write: bool,
+    txn: Transaction, context: Context, inode: InodeId, request: CreateRequest | OpenRequest
 ) -> None:
-    if session:
+    if request.session:
+        client = request.request.client
         context.clients.heard(client)
-        record = schema.Session(client, write, is_privileged(caller))
-        txn.set(keys.session_key(inode, session), schema.SESSION.encode(record))
-
-
-async def _finish_trim(context: Context, inode: InodeId, *, recorded: bool) -> None:
-    """Wait until no chunk beyond the end is left; `recorded` if this call may have shrunk it."""
-    if recorded:
-        await context.trims.perform(inode)
-    else:
-        await context.trims.finish(inode)
+        record = schema.Session(client, request.write, is_privileged(request.caller), request.since)
+        txn.set(keys.session_key(inode, request.session), schema.SESSION.encode(record))
 
 
 async def _opened(
@@ -154,7 +138,8 @@ async def _opened(
 ) -> InodeAnswer:
     """Before the file is handed out: a writer begins behind what dead writers have left."""
     inode = answer.inode.id
-    await _finish_trim(context, inode, recorded=request.truncate)
+    if request.truncate:
+        await context.trims.perform(inode)
     if request.write and not is_new and await adopt(context, inode):
         return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)))
     return answer
@@ -193,28 +178,20 @@ async def _clear_behind(
 async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
     """Check permission and record the session; read sessions too, so that unlink keeps the data."""
     want = (READ if request.read else 0) | (WRITE if request.write or request.truncate else 0)
-    await context.trims.finish(request.inode)
     if request.truncate:
         await _clear_behind(context, request, request.inode, 0)
 
     async def work(txn: Transaction) -> InodeAnswer:
         inode = await load_inode(txn, request.inode)
         _check_openable(inode)
+        await check_uncut(txn, inode.id)
         require(inode, request.caller, want)
         if request.truncate:
             inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
             store_inode(txn, inode)
         elif request.write:
             await check_whole(txn, inode)
-        _add_session(
-            txn,
-            context,
-            inode.id,
-            request.session,
-            request.request.client,
-            request.caller,
-            request.write,
-        )
+        _add_session(txn, context, inode.id, request)
         return InodeAnswer(inode)
 
     answer = await _run_open(context, OPEN, request, work)
@@ -250,7 +227,7 @@ async def _set_length(
     check_length(inode, length)
     version, others = inode.truncate_version, await _is_written(txn, context, inode.id, session)
     if length < inode.length or others:
-        await cut_behind(txn, inode, length)
+        await cut_behind(txn, inode, length, context.tenure)
         version += 1
     torn = inode.torn and others and length > inode.length
     written = after_write(
@@ -267,7 +244,8 @@ async def _is_written(txn: Transaction, context: Context, inode: InodeId, but: S
     own = keys.session_key(inode, but)
     rows = await txn.get_range(*keys.session_span(inode))
     others = [schema.SESSION.decode(value) for key, value in rows if key != own]
-    return any(one.write and not context.clients.is_dead(one.client) for one in others)
+    dead = context.clients.is_dead
+    return any(one.write and not dead(one.client, one.since) for one in others)
 
 
 async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
@@ -280,6 +258,7 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         changed = inode
         if request.length is not None:
             await _check_truncate(txn, inode, request)
+            await check_uncut(txn, inode.id)
             told = replace(inode, length=told_length(inode, request))
             changed = await _set_length(
                 txn, context, told, request.length, request.caller, request.session
@@ -288,8 +267,9 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         store_inode(txn, changed)
         return InodeAnswer(changed)
 
-    answer = await context.replies.run(SETATTR, request.request, work)
-    await _finish_trim(context, request.inode, recorded=request.length is not None)
+    answer = await context.trims.after(lambda: context.replies.run(SETATTR, request.request, work))
+    if request.length is not None:
+        await context.trims.perform(request.inode)
     return answer
 
 
@@ -317,10 +297,10 @@ async def _find_session(
 
 async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
     """Take over a writer's length and times; end its session; make it durable."""
-    await context.trims.finish(request.inode)
 
     async def work(txn: Transaction) -> InodeAnswer:
         inode = await load_inode(txn, request.inode)
+        await check_uncut(txn, inode.id)
         changed = await _settled(txn, context, inode, request)
         if request.close:
             txn.clear(keys.session_key(inode.id, request.session))
@@ -331,7 +311,9 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
             store_inode(txn, changed)
         return InodeAnswer(changed)
 
-    answer = await context.replies.run(SETTLE, request.request, work, durable=request.durable)
+    answer = await context.trims.after(
+        lambda: context.replies.run(SETTLE, request.request, work, durable=request.durable)
+    )
     if answer.inode.nlink == 0:
         context.collector.wake()
     return answer

@@ -193,7 +193,7 @@ async def _trim(txn: Transaction, context: Context, wanted: Mend) -> None:
         _require(not schema.SESSION.decode(value).write, f"inode {inode.id}")
     if inode.layout is None:
         raise EmberfsError(Code.INVALID, f"inode {inode.id} is not a regular file")
-    await cut_behind(txn, inode, inode.length)
+    await cut_behind(txn, inode, inode.length, context.tenure)
 
 
 _WORKS: dict[MendKind, Work] = {

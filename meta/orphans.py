@@ -100,4 +100,5 @@ class Orphans:
         return await self._engine.run(missing, read_only=True)
 
     async def _note_searched(self, txn: Transaction) -> None:
-        txn.set(keys.SEARCHED_BLOCK_KEY, pack_counter(self._last))
+        known = unpack_counter(await txn.get(keys.SEARCHED_BLOCK_KEY))
+        txn.set(keys.SEARCHED_BLOCK_KEY, pack_counter(max(known, self._last)))

@@ -4,6 +4,11 @@ The record is written in the transaction of the call itself, so both exist or ne
 failed or had nothing to change leaves no record. Its answer is remembered in memory only, so that a
 copy of the request that was held up on its way cannot take effect when the caller has gone on: what
 was sent to an earlier life of the server cannot arrive any more.
+
+What was sent to another server can. A call that was tried elsewhere before (its client says so)
+leaves a record whatever its outcome is: from then on no copy has an effect, wherever it is. And
+when records are forgotten (forgetting.py), a mark remembers for the client up to which call: a copy
+that is older than that is refused.
 """
 
 import logging
@@ -17,8 +22,9 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
-from emberfs.proto.errors import Code, EmberfsError, Reaction
-from emberfs.proto.ids import SECOND
+from emberfs.meta.forgetting import Forgetting
+from emberfs.meta.tenure import Tenure
+from emberfs.proto.errors import Code, EmberfsError, Reaction, code_of
 from emberfs.proto.meta_calls import RequestId
 from emberfs.proto.method import Method
 from emberfs.runtime.env import Env
@@ -26,11 +32,10 @@ from emberfs.runtime.env import Env
 log = logging.getLogger("emberfs.meta.replies")
 
 A = TypeVar("A", bound=msgspec.Struct)
+T = TypeVar("T")
 
-KEPT_NS = 600 * SECOND
-SWEEP_NS = 15 * SECOND
-BATCH_ROWS = 512
 FRUITLESS_MAX = 65_536  # answers of calls without effect; the oldest go first
+DOUBTS_MAX = 4  # tries of a transaction whose outcome the store does not tell
 
 
 class _OvertakenError(Exception):
@@ -38,32 +43,13 @@ class _OvertakenError(Exception):
 
 
 class Replies:
-    """The remembered replies of one file system.
+    """The remembered replies of one file system, as one server keeps them."""
 
-    Their age is measured on a clock that only runs while a server does and never steps: it
-    continues from the youngest record. A wrong time of day cannot make them forgotten.
-    """
-
-    def __init__(self, env: Env, engine: Engine) -> None:
-        self._env = env
+    def __init__(self, env: Env, engine: Engine, tenure: Tenure) -> None:
+        self.forgetting = Forgetting(env, engine, tenure)
         self._engine = engine
-        self._base_ns = -env.now_ns()
-        self._swept = b""  # nothing older is left: saves scanning over deleted rows
         # What calls without effect were answered: a failure, or an encoded answer.
-        self._fruitless: OrderedDict[RequestId, EmberfsError | bytes] = OrderedDict()
-
-    async def load(self) -> None:
-        """Continue the clock of the records in the store."""
-        span = keys.span_of(keys.Prefix.REPLY_AGE.value)
-
-        async def youngest(txn: Transaction) -> int:
-            rows = await txn.get_range(*span, limit=1, reverse=True)
-            return keys.unpack_reply_age_key(rows[0][0])[0] if rows else 0
-
-        self._base_ns = await self._engine.run(youngest, read_only=True) - self._env.now_ns()
-
-    def _now_ns(self) -> int:
-        return self._base_ns + self._env.now_ns()
+        self._fruitless: OrderedDict[bytes, EmberfsError | bytes] = OrderedDict()
 
     async def run(
         self,
@@ -77,24 +63,24 @@ class Replies:
         key = _key(request)
 
         async def once(txn: Transaction) -> tuple[A, bool]:
-            value = await txn.get(key)
+            value = await self._look(txn, request)
             if value is not None:
                 return _recall(method, request, value), True
             answer = await work(txn)
-            if request in self._fruitless:  # its caller has this answer and has gone on
+            if key in self._fruitless:  # its caller has this answer and has gone on
                 raise _OvertakenError
             if txn.changes_something:
-                reply = schema.Reply(method.number, method.encode_answer(answer))
-                txn.set(key, schema.REPLY.encode(reply))
-                age = keys.reply_age_key(self._now_ns(), request.client, request.sequence)
-                txn.set(age, b"")
+                self._remember(txn, method, request, method.encode_answer(answer))
                 return answer, True
             return answer, False
 
         try:
-            answer, remembered = await self._engine.run(once, durable=durable)
+            answer, remembered = await self._run(once, durable=durable)
         except _OvertakenError:
-            return _repeat(method, self._fruitless[request])
+            noted = self._fruitless[key]
+            if request.elsewhere:
+                return await self._end_for_all(method, request, noted)
+            return _repeat(method, noted)
         except EmberfsError as problem:
             if problem.reaction != Reaction.GIVE_UP:
                 raise
@@ -103,58 +89,87 @@ class Replies:
             return answer
         return await self._end_without_effect(method, request, method.encode_answer(answer))
 
+    async def _run(
+        self, work: Callable[[Transaction], Awaitable[T]], *, durable: bool = False
+    ) -> T:
+        """As Engine.run; again when the store does not know what became of it: `work` looks."""
+        doubts = 0
+        while True:
+            try:
+                return await self._engine.run(work, durable=durable)
+            except EmberfsError as problem:
+                doubts += 1
+                if problem.code != Code.MAYBE_COMMITTED or doubts == DOUBTS_MAX:
+                    raise
+
+    async def _look(self, txn: Transaction, request: RequestId) -> bytes | None:
+        """Return the record of a request, if it has one. STALE if that may be forgotten."""
+        value, mark = await txn.get_many((_key(request), keys.mark_key(request.client)))
+        forgotten = -1 if mark is None else schema.MARK.decode(mark).sequence
+        if value is None and request.sequence <= forgotten:
+            raise EmberfsError(Code.STALE, "a copy of a call that was answered long ago")
+        return value
+
+    def _remember(
+        self,
+        txn: Transaction,
+        method: Method[Any, A],
+        request: RequestId,
+        answer: EmberfsError | bytes,
+    ) -> None:
+        if isinstance(answer, EmberfsError):
+            reply = schema.Reply(method.number, answer.message.encode(), answer.code)
+        else:
+            reply = schema.Reply(method.number, answer)
+        txn.set(_key(request), schema.REPLY.encode(reply))
+        txn.set(self.forgetting.age_of(request.client, request.sequence), b"")
+
     async def _end_without_effect(
         self, method: Method[Any, A], request: RequestId, answer: EmberfsError | bytes
     ) -> A:
         """From here on no copy of the call has an effect; if one had, that is the answer."""
-        if request not in self._fruitless:
-            self._note(request, answer)
+        if request.elsewhere:
+            return await self._end_for_all(method, request, answer)
+        key = _key(request)
+        if key not in self._fruitless:
+            self._note(key, answer)
 
         async def recall(txn: Transaction) -> bytes | None:
-            return await txn.get(keys.reply_key(request.client, request.sequence))
+            return await txn.get(key)
 
         value = await self._engine.run(recall, read_only=True)
         if value is None:
-            return _repeat(method, self._fruitless.get(request, answer))
-        self._fruitless.pop(request, None)
+            return _repeat(method, self._fruitless.get(key, answer))
+        self._fruitless.pop(key, None)
         return _recall(method, request, value)
 
-    def _note(self, request: RequestId, answer: EmberfsError | bytes) -> None:
-        self._fruitless[request] = answer
+    async def _end_for_all(
+        self, method: Method[Any, A], request: RequestId, answer: EmberfsError | bytes
+    ) -> A:
+        """As above, at all servers."""
+
+        async def record(txn: Transaction) -> bytes | None:
+            value = await txn.get(_key(request))
+            if value is None:
+                self._remember(txn, method, request, answer)
+            return value
+
+        value = await self._run(record)
+        if value is not None:
+            return _recall(method, request, value)
+        return _repeat(method, answer)
+
+    def _note(self, key: bytes, answer: EmberfsError | bytes) -> None:
+        self._fruitless[key] = answer
         if len(self._fruitless) > FRUITLESS_MAX:
             self._fruitless.popitem(last=False)
 
     async def is_known(self, txn: Transaction, request: RequestId) -> bool:
         """Tell whether this request was answered before: what comes now is a late copy of it."""
-        return await txn.get(_key(request)) is not None
-
-    async def sweep(self, kept_ns: int = KEPT_NS) -> int:
-        """Forget one batch of replies older than `kept_ns`; returns how many."""
-        start, stop = keys.reply_age_span(max(0, self._now_ns() - kept_ns))
-        start = max(start, self._swept)
-
-        async def forget(txn: Transaction) -> list[bytes]:
-            rows = await txn.get_range(start, stop, limit=BATCH_ROWS, snapshot=True)
-            for key, _ in rows:
-                _, client, sequence = keys.unpack_reply_age_key(key)
-                txn.clear(key)
-                txn.clear(keys.reply_key(client, sequence))
-            return [key for key, _ in rows]
-
-        gone = await self._engine.run(forget)
-        if gone:
-            self._swept = gone[-1]
-        return len(gone)
-
-    async def live(self) -> None:
-        """Sweep for ever, in small batches, so that callers hardly notice."""
-        while True:
-            await self._env.sleep_ns(SWEEP_NS)
-            try:
-                while await self.sweep() == BATCH_ROWS:
-                    await self._env.sleep_ns(SECOND // 100)
-            except EmberfsError as problem:
-                log.warning("cannot forget old replies: %s", problem)
+        try:
+            return await self._look(txn, request) is not None
+        except EmberfsError:
+            return True
 
 
 def _key(request: RequestId) -> bytes:
@@ -168,6 +183,8 @@ def _recall(method: Method[Any, A], request: RequestId, value: bytes) -> A:
             Code.INVALID,
             f"request {request.client}/{request.sequence} was used before for another method",
         )
+    if reply.code:
+        raise EmberfsError(code_of(reply.code), reply.body.decode(errors="replace"))
     return method.decode_answer(reply.body)
 
 

@@ -8,7 +8,9 @@
 | XATTR | raw bytes | its inode exists |
 | DELETED | Deleted | no inode of that id exists; its chunks may |
 | TRIM | Trim | its inode exists; chunks at or beyond `length` may still be there |
-| REPLY, REPLY_AGE | Reply, nothing | both or neither |
+| REPLY | Reply | it has an age |
+| MARK | Mark | it has an age |
+| REPLY_AGE | nothing | what it is the age of exists |
 
 Values are msgpack, maps for what may grow fields and arrays for small hot records.
 """  # noqa: E501
@@ -48,12 +50,22 @@ class Session(msgspec.Struct, frozen=True, gc=False, array_like=True):
     client: int
     write: bool
     privileged: bool  # opened by uid 0: its writes leave set-id bits alone
+    since: int = 0  # routing of this version, or newer, shows whether the client lives; 0: unknown
+
+
+class Owner(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """A metadata server in one tenure, see tenure.py."""
+
+    node: int
+    incarnation: int
+    since: int  # routing version that the tenure began with
 
 
 class Deleted(msgspec.Struct, frozen=True, gc=False):
     """A file without names and sessions whose chunks are to be removed."""
 
     layout: Layout
+    cutter: Owner | None = None  # who may still be cutting it
 
 
 class Trim(msgspec.Struct, frozen=True, gc=False):
@@ -61,13 +73,23 @@ class Trim(msgspec.Struct, frozen=True, gc=False):
 
     length: int
     layout: Layout
+    owner: Owner | None = None  # the server that cuts
 
 
 class Reply(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The remembered answer of a mutating call."""
 
     method: int
-    body: bytes
+    body: bytes  # of the answer, or why it failed
+    code: int = 0  # of the error, if it failed
+
+
+class Mark(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Up to which call of a client replies may be forgotten: an earlier one comes too late."""
+
+    sequence: int
+    server: int  # whose clock `age_ns` is
+    age_ns: int  # when the mark itself may be forgotten
 
 
 class Codec(Generic[R]):
@@ -99,3 +121,4 @@ SESSION = Codec(Session)
 DELETED = Codec(Deleted)
 TRIM = Codec(Trim)
 REPLY = Codec(Reply)
+MARK = Codec(Mark)

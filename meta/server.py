@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 from collections.abc import Callable
 
 import msgspec
@@ -11,18 +10,19 @@ from emberfs.client.agent import Agent
 from emberfs.client.cluster import Cluster
 from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.server import Server
-from emberfs.kv.owned import OwnedEngine
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
 from emberfs.kv.transaction import Engine as LocalEngine
 from emberfs.kv.transactions import Engine
 from emberfs.kv.url import open_engine, parse_store
+from emberfs.meta.chunkguard import ChunkGuard
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
 from emberfs.meta.format import open_file_system
 from emberfs.meta.metrics import CONFLICTS
 from emberfs.meta.orphans import Orphans
 from emberfs.meta.sessions import SessionSweeper
+from emberfs.meta.tenure import Alone, Shared, Tenure
 from emberfs.proto.cluster import Node, NodeKind
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import (
@@ -91,18 +91,21 @@ class MetaService:
         *,
         wiring: Wiring = REAL,
         open_store: Callable[[str], OrderedStore] = RocksStore,
+        share_engine: Callable[[], Engine] | None = None,
     ) -> None:
+        """`share_engine`: how to reach a shared store, instead of what `config` says."""
         self._config = config
         self._env = env
         self._wiring = wiring
         self._open_store = open_store
+        self._share_engine = share_engine
         self._engine: Engine | None = None
-        self._owned: OwnedEngine | None = None
         self._cluster: Cluster | None = None
         self._context: Context | None = None
         self._server: Server | None = None
         self._agent: Agent | None = None
         self._tasks = TaskSet()
+        self._incarnation = env.random.getrandbits(63) | 1
 
     async def start(self) -> None:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
@@ -127,30 +130,25 @@ class MetaService:
 
     async def _open_engine(self, timeout_ns: int) -> Engine:
         config, env = self._config, self._env
-        if not config.store:
-            path = os.path.join(config.data, "kv")
-            return LocalEngine(env, await env.run_blocking(lambda: self._open_store(path)))
-        engine = await open_engine(env, config.store, timeout_ns=timeout_ns)
-        if not parse_store(config.store).is_shared:
-            return engine
-        self._owned = owned = OwnedEngine(env, engine, config.node)
-        try:
-            await owned.claim()
-        except BaseException:
-            self._owned = None
-            await engine.close()
-            raise
-        self._tasks.spawn(self._own(owned), name="meta claim")
-        return owned
+        if self._share_engine is not None:
+            return self._share_engine()
+        if config.store:
+            return await open_engine(env, config.store, timeout_ns=timeout_ns)
+        path = os.path.join(config.data, "kv")
+        return LocalEngine(env, await env.run_blocking(lambda: self._open_store(path)))
 
-    async def _own(self, owned: OwnedEngine) -> None:
-        await owned.live()
-        log.error("another metadata server has taken over the store: this one stops")
-        signal.raise_signal(signal.SIGTERM)
+    @property
+    def _is_shared(self) -> bool:
+        """Tell whether other servers may stand on the same store."""
+        store = self._config.store
+        return self._share_engine is not None or bool(store and parse_store(store).is_shared)
 
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
         policy = Policy(config.chunk_bytes, config.stripe)
+        self._refuse_beside_others(cluster)
+        tenure = self._tenure(cluster)
+        guard = ChunkGuard(env, cluster.routing, cluster.peers, tenure)
         context = Context(
             env,
             engine,
@@ -158,6 +156,8 @@ class MetaService:
             lambda: cluster.routing.snapshot,
             policy,
             lambda: self._routing_is_fresh(cluster),
+            tenure,
+            guard.of,
         )
         self._context = context
         await context.load()
@@ -177,6 +177,8 @@ class MetaService:
             env, cluster.control, self._node(endpoints), expect=cluster.routing.expect
         )
         await self._agent.start(timeout_ns)
+        if isinstance(tenure, Shared):
+            tenure.lease = self._agent
         context.start()
         sweeper = SessionSweeper(
             env,
@@ -185,12 +187,33 @@ class MetaService:
             cluster.chunkio,
             context.trims,
             context.clients,
+            tenure,
             grace_ns,
         )
         context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")
         self._tasks.spawn(orphans.live(), name="meta orphans")
         log.info("serving at %s", ", ".join(endpoints))
+
+    def _refuse_beside_others(self, cluster: Cluster) -> None:
+        """Two servers with a store each would be two file systems. EmberfsError(CONFIG)."""
+        nodes = cluster.routing.snapshot.nodes_of(NodeKind.META)
+        others = [node for node in nodes if node.alive and node.id != self._config.node]
+        if others and not self._is_shared:
+            raise EmberfsError(
+                Code.CONFIG,
+                f"metadata server {others[0].id} on {others[0].host or 'some host'} serves this "
+                'cluster; a second one needs the same "store", etcd://..., postgres://... or '
+                "fdb://..., in the configuration of both",
+            )
+
+    def _tenure(self, cluster: Cluster) -> Tenure:
+        config = self._config
+        if not self._is_shared:
+            return Alone(self._incarnation, config.node)
+        return Shared(
+            self._env, NodeId(config.node), self._incarnation, lambda: cluster.routing.snapshot
+        )
 
     def _routing_is_fresh(self, cluster: Cluster) -> bool:
         """Tell whether mgmtd has answered lately, and what it knew then is here."""
@@ -208,7 +231,7 @@ class MetaService:
             kind=NodeKind.META,
             host=config.host,
             endpoints=tuple(endpoints),
-            incarnation=self._env.random.getrandbits(63),
+            incarnation=self._incarnation,
             alive=True,
             metrics=f"127.0.0.1:{config.metrics_port}" if config.metrics_port else "",
         )
@@ -232,8 +255,6 @@ class MetaService:
             await engine.sync()
         except EmberfsError as problem:
             log.error("the last transactions may be lost in a power cut: %s", problem)
-        if self._owned is not None and not self._owned.lost:
-            await self._owned.release()
         await engine.close()
 
 

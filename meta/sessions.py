@@ -2,10 +2,14 @@
 
 A client counts as gone when routing has not shown it alive for the grace time without a break,
 counted from this server's own start too, and anew whenever it was out of touch with mgmtd: what was
-before nobody here can know. Who opens a file is not gone, whatever routing shows.
+before nobody here can know. Who opens a file is not gone, whatever routing shows: the session says
+from which version of the routing on its client is to be seen (clients.py).
+
+Several servers each count for themselves and divide the sessions; two that end one agree on it.
 """
 
 import logging
+from typing import TypeAlias
 
 from msgspec.structs import replace
 
@@ -17,6 +21,7 @@ from emberfs.meta.attributes import after_write
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.metrics import SESSIONS_ENDED
+from emberfs.meta.tenure import Tenure
 from emberfs.meta.tree import destroy, find_inode, has_sessions, store_inode
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.meta.vanished import Measured, measure
@@ -28,6 +33,8 @@ from emberfs.runtime.env import Env
 log = logging.getLogger("emberfs.meta.sessions")
 
 BATCH_ROWS = 256
+
+Registration: TypeAlias = tuple[int, int]  # client, and since which version it is shown
 
 
 class SessionSweeper:
@@ -41,6 +48,7 @@ class SessionSweeper:
         chunks: Chunks,
         trims: Trims,
         clients: Clients,
+        tenure: Tenure,
         grace_ns: int = 30 * SECOND,
     ) -> None:
         self._env = env
@@ -49,9 +57,10 @@ class SessionSweeper:
         self._chunks = chunks
         self._trims = trims
         self._clients = clients
+        self._tenure = tenure
         self._grace_ns = grace_ns
-        self._absent_since_ns: dict[int, int] = {}  # by client
-        clients.on_heard = lambda client: self._absent_since_ns.pop(client, None)
+        self._absent_since_ns: dict[Registration, int] = {}
+        clients.on_heard = lambda client: self._absent_since_ns.pop((client, 0), None)
 
     async def live(self) -> None:
         """Sweep for ever."""
@@ -68,21 +77,21 @@ class SessionSweeper:
         if alive is None:
             self._absent_since_ns.clear()
             return 0
-        seen: set[int] = set()
+        seen: set[Registration] = set()
         ended = 0
         start, stop = keys.span_of(keys.Prefix.SESSION.value)
         while start < stop:
             rows = await self._rows(start, stop)
             for key, value in rows:
                 session = schema.SESSION.decode(value)
-                if session.client not in alive:
-                    seen.add(session.client)
-                    if self._is_gone(session.client):
-                        ended += await self._end_if_possible(key, session)
+                if session.client not in alive and self._clients.shows(session.since):
+                    seen.add((session.client, session.since))
+                    if self._is_gone(session) and self._tenure.is_mine(_inode_of(key)):
+                        ended += await self._end_if_possible(key, value)
             start = rows[-1][0] + b"\0" if len(rows) == BATCH_ROWS else stop
             await self._env.sleep_ns(0)  # let callers in between
         self._absent_since_ns = {
-            client: since for client, since in self._absent_since_ns.items() if client in seen
+            who: since_ns for who, since_ns in self._absent_since_ns.items() if who in seen
         }
         if ended:
             SESSIONS_ENDED.inc(ended)
@@ -92,11 +101,13 @@ class SessionSweeper:
     def overdue(self) -> list[int]:
         """Clients gone for twice the grace time and more whose sessions are still there."""
         limit_ns = self._env.now_ns() - 2 * self._grace_ns
-        return sorted(c for c, since_ns in self._absent_since_ns.items() if since_ns < limit_ns)
+        absent = self._absent_since_ns.items()
+        return sorted({client for (client, _), since_ns in absent if since_ns < limit_ns})
 
-    def _is_gone(self, client: int) -> bool:
+    def _is_gone(self, session: schema.Session) -> bool:
         now_ns = self._env.now_ns()
-        return now_ns - self._absent_since_ns.setdefault(client, now_ns) > self._grace_ns
+        who = (session.client, session.since)
+        return now_ns - self._absent_since_ns.setdefault(who, now_ns) > self._grace_ns
 
     async def _rows(self, start: bytes, stop: bytes) -> list[tuple[bytes, bytes]]:
         async def scan(txn: Transaction) -> list[tuple[bytes, bytes]]:
@@ -104,24 +115,25 @@ class SessionSweeper:
 
         return await self._engine.run(scan, read_only=True)
 
-    async def _end_if_possible(self, key: bytes, session: schema.Session) -> bool:
+    async def _end_if_possible(self, key: bytes, value: bytes) -> bool:
         """End a session; one whose file cannot be looked at just now waits for the next sweep."""
-        inode_id = InodeId(keys.unpack_session_key(key)[0])
+        inode_id, session = _inode_of(key), schema.SESSION.decode(value)
         try:
             measured = None
             if session.write:
                 measured = await measure(self._engine, self._chunks, self._trims, inode_id)
-            return await self._end(key, session, measured)
+            return await self._end(key, value, measured)
         except EmberfsError as problem:
             log.warning("a dead session on inode %d stays for now: %s", inode_id, problem)
             return False
 
-    async def _end(self, key: bytes, session: schema.Session, measured: Measured | None) -> bool:
+    async def _end(self, key: bytes, value: bytes, measured: Measured | None) -> bool:
         inode_id, number = keys.unpack_session_key(key)
+        session = schema.SESSION.decode(value)
 
         async def work(txn: Transaction) -> bool:
             # Its client may be back, and open the file anew at this very moment.
-            if await txn.get(key) is None or not self._is_gone(session.client):
+            if await txn.get(key) != value or not self._is_gone(session):
                 return False
             inode = await find_inode(txn, InodeId(inode_id))
             txn.clear(key)
@@ -145,3 +157,7 @@ class SessionSweeper:
             now_ns = self._env.wall_ns()
             grown = after_write(inode, privileged=privileged, now_ns=now_ns, mtime_ns=None)
             store_inode(txn, replace(grown, length=end))
+
+
+def _inode_of(key: bytes) -> InodeId:
+    return InodeId(keys.unpack_session_key(key)[0])

@@ -110,6 +110,8 @@ async def destroy(txn: Transaction, inode: Inode, now_ns: int) -> None:
     for key, _ in await txn.get_range(start, stop):
         txn.clear(key)
     if inode.layout is not None:
+        trim = await txn.get(keys.trim_key(inode.id))
+        cutter = None if trim is None else schema.TRIM.decode(trim).owner
         txn.clear(keys.trim_key(inode.id))
-        value = schema.DELETED.encode(schema.Deleted(inode.layout))
+        value = schema.DELETED.encode(schema.Deleted(inode.layout, cutter))
         txn.set(keys.deleted_key(now_ns, inode.id), value)

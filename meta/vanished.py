@@ -64,7 +64,7 @@ async def adopt(context: Context, inode_id: InodeId) -> bool:
     """Before a writer opens: what dead writers have written becomes part of the file."""
 
     async def orphaned(txn: Transaction) -> bool:
-        return any(context.clients.is_dead(client) for client in await _writers(txn, inode_id))
+        return any(_is_dead(context, writer) for writer in await _writers(txn, inode_id))
 
     if not await context.engine.run(orphaned, read_only=True):
         return False
@@ -118,8 +118,9 @@ async def clear_behind(
         if await context.replies.is_known(txn, request.request):
             return None
         await check(txn, inode)
-        others = await _writers(txn, inode_id) - {request.request.client}
-        return inode if all(map(context.clients.is_dead, others)) else None
+        client = request.request.client
+        others = [w for w in await _writers(txn, inode_id) if w.client != client]
+        return inode if all(_is_dead(context, other) for other in others) else None
 
     inode = await context.engine.run(nobody_writes, read_only=True)
     if inode is None or inode.layout is None:
@@ -134,7 +135,7 @@ async def clear_behind(
     async def record(txn: Transaction) -> None:
         now = await nobody_writes(txn)
         if now is not None:
-            await cut_behind(txn, now, told_length(now, request))
+            await cut_behind(txn, now, told_length(now, request), context.tenure)
 
     await context.engine.run(record)
     await context.trims.perform(inode_id)
@@ -165,7 +166,7 @@ async def clear_torn(context: Context, inode_id: InodeId, request: RequestId) ->
         if inode is None or not inode.torn or await context.replies.is_known(txn, request):
             return
         if not await _writers(txn, inode_id):
-            await cut_behind(txn, inode, inode.length)
+            await cut_behind(txn, inode, inode.length, context.tenure)
             store_inode(txn, replace(inode, torn=False))
 
     await context.trims.finish(inode_id)
@@ -173,8 +174,12 @@ async def clear_torn(context: Context, inode_id: InodeId, request: RequestId) ->
     await context.trims.perform(inode_id)
 
 
-async def _writers(txn: Transaction, inode_id: InodeId) -> set[int]:
-    """Return the clients that have the file open for writing."""
+async def _writers(txn: Transaction, inode_id: InodeId) -> list[schema.Session]:
+    """Return the sessions that may write the file."""
     rows = await txn.get_range(*keys.session_span(inode_id))
     sessions = [schema.SESSION.decode(value) for _, value in rows]
-    return {session.client for session in sessions if session.write}
+    return [session for session in sessions if session.write]
+
+
+def _is_dead(context: Context, session: schema.Session) -> bool:
+    return context.clients.is_dead(session.client, session.since)

@@ -27,6 +27,7 @@ class RequestId(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     client: U64
     sequence: U64
+    elsewhere: bool = False  # an earlier try went to another server, or to an earlier life of it
 
 
 class InodeAnswer(msgspec.Struct, frozen=True, gc=False):
@@ -109,6 +110,7 @@ class CreateRequest(msgspec.Struct, frozen=True, gc=False):
     write: bool
     exclusive: bool = False
     truncate: bool = False
+    since: U63 = 0  # see OpenRequest
 
 
 class MknodRequest(msgspec.Struct, frozen=True, gc=False):
@@ -165,7 +167,10 @@ class RenameRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class OpenRequest(msgspec.Struct, frozen=True, gc=False):
-    """Open a regular file: checks permission and records a session, so that unlink keeps it."""
+    """Open a regular file: checks permission and records a session, so that unlink keeps it.
+
+    `since`: routing of this version, or newer, shows the client alive until its lease has run out.
+    """
 
     caller: Caller
     request: RequestId
@@ -174,6 +179,7 @@ class OpenRequest(msgspec.Struct, frozen=True, gc=False):
     read: bool
     write: bool
     truncate: bool = False
+    since: U63 = 0
 
 
 class SettleRequest(msgspec.Struct, frozen=True, gc=False):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from emberfs.kv.owned import OwnedEngine
 from emberfs.kv.transactions import Engine
 from emberfs.kv.url import open_engine
 from emberfs.runtime.real import RealEnv
@@ -19,12 +18,7 @@ STEPS = 60
 
 
 async def opened(url: str) -> Engine:
-    engine = await open_engine(RealEnv(), url, timeout_ns=20 * 10**9)
-    if url.startswith("rocks"):
-        return engine
-    owned = OwnedEngine(RealEnv(), engine, 2)
-    await owned.claim()
-    return owned
+    return await open_engine(RealEnv(), url, timeout_ns=20 * 10**9)
 
 
 async def loaded(
@@ -54,8 +48,6 @@ async def loaded(
         await server.context.close()
         await engine.sync()
         if reopen:
-            if isinstance(engine, OwnedEngine):
-                await engine.release()
             await engine.close()
             engine = await open_()
             await load.check(Server(engine))

@@ -8,8 +8,10 @@ from emberfs.kv.memory import MemoryStore
 from emberfs.meta import schema
 from sim.check_lives import Seen
 from sim.check_tree import DIRECTORY, FILE, Node, Place
+from sim.cluster import World
 from sim.machine import Machine
 from sim.names_record import reply_in_words
+from sim.shared_store import STORE as ROWS
 
 STORE = "/meta/kv"
 
@@ -27,6 +29,13 @@ def store_of(machine: Machine) -> MemoryStore:
     return machine.disk.stores.setdefault(STORE, MemoryStore())
 
 
+def rows_of(world: World) -> MemoryStore:
+    """The rows of all metadata servers, wherever they lie."""
+    if world.shape.shared:
+        return world.rows.disk.stores.setdefault(ROWS, MemoryStore())
+    return store_of(world.meta[0])
+
+
 def seen_of(store: MemoryStore) -> Seen:
     """Return the namespace of this instant, and which requests have taken effect."""
     tree: dict[Place, Node] = {}
@@ -38,7 +47,9 @@ def seen_of(store: MemoryStore) -> Seen:
     answers = {}
     for key, value in _rows(store, keys.Prefix.REPLY):
         client, sequence = int.from_bytes(key[1:9], "big"), int.from_bytes(key[9:17], "big")
-        answers[client, sequence] = reply_in_words(schema.REPLY.decode(value))
+        reply = schema.REPLY.decode(value)
+        if not reply.code:  # else it is remembered to have failed
+            answers[client, sequence] = reply_in_words(reply)
     return Seen(tree, answers)
 
 

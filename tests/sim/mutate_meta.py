@@ -5,8 +5,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from emberfs.kv import keys
 from emberfs.kv.transaction import Engine
-from emberfs.meta import dispatch, files, namespace, rename, sessions, tree, vanished
+from emberfs.meta import dispatch, files, namespace, rename, schema, sessions, tree, vanished
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds
 from emberfs.meta.replies import Replies
@@ -54,7 +55,7 @@ def replies_are_kept_apart(patch: Patch) -> None:
                 return await original(self, method, request, remembered, durable=durable)
             except _SplitError:
                 done.append(await self._engine.run(work, durable=durable))
-                await self._env.sleep_ns(100_000)
+                await asyncio.sleep(0.0001)
 
             async def record(txn: Any) -> Any:
                 txn.add_write_conflict(b"~", b"~~")
@@ -302,10 +303,19 @@ class _NotDurable:
 def cuts_are_not_resumed(patch: Patch) -> None:
     """A truncation that the death of the server interrupted stays unfinished."""
 
-    async def load(self: Any) -> None:
+    def make(original: Any) -> Any:
+        async def finish(self: Any, inode: Any) -> None:
+            value = await self._value(keys.trim_key(inode))
+            if value is not None and self._tenure.holds(schema.TRIM.decode(value).owner):
+                await original(self, inode)
+
+        return finish
+
+    async def check_uncut(txn: Any, inode: Any) -> None:
         return
 
-    patch.set(Trims, "load", load)
+    patch.wrap(Trims, "finish", make)
+    patch.set(files, "check_uncut", check_uncut)
 
 
 @mutation("meta power", f"{CONTENT}, names not durable, names after a power cut")

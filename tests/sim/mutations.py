@@ -163,6 +163,7 @@ def load() -> dict[str, Mutation]:
         mutate_failover,
         mutate_files,
         mutate_meta,
+        mutate_metas,
         mutate_recovery,
         mutate_removal,
         mutate_replica,
@@ -170,7 +171,7 @@ def load() -> dict[str, Mutation]:
 
     chunks = (mutate_replica, mutate_removal, mutate_recovery, mutate_disk)
     control = (mutate_control, mutate_client)
-    for module in (*chunks, *control, mutate_failover, mutate_meta, mutate_files):
+    for module in (*chunks, *control, mutate_failover, mutate_meta, mutate_metas, mutate_files):
         assert module.__doc__
     return MUTATIONS
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from emberfs.client.file import FileSystem
 from emberfs.proto.method import Method
+from emberfs.proto.rendezvous import home_of
 from sim import loop as simloop
 from sim import run
 from sim.check_lives import Cut
@@ -18,7 +19,7 @@ from sim.cluster import Shape, World
 from sim.disk import Fate
 from sim.files_load import FilesLoad
 from sim.machine import Machine
-from sim.meta_view import Leftover, leftovers, seen_of, store_of
+from sim.meta_view import Leftover, leftovers, rows_of, seen_of, store_of
 from sim.moods import Mood
 from sim.nemesis_files import FilesNemesis
 from sim.run_files import finish, judge, prepare
@@ -48,7 +49,7 @@ class Stage:
     @property
     def leftovers(self) -> list[Leftover]:
         """Sessions, deletions and trims that are recorded."""
-        return leftovers(store_of(self.meta))
+        return leftovers(rows_of(self.world))
 
     def client(self, index: int) -> Machine:
         """A client's machine."""
@@ -89,14 +90,28 @@ class Stage:
         *,
         answers: bool = False,
         copies: bool = False,
+        at: Machine | None = None,
     ) -> Tap:
         """Hold calls of a client to the metadata server, or their answers; see tap.py."""
-        here, there = {self.client(client).name}, {self.meta.name}
+        here, there = {self.client(client).name}, {(at or self.meta).name}
         if answers:
             here, there = there, here
         tap = Tap(between(method.number, here, there, answers=answers), copies=copies)
         self.world.network.taps.append(tap)
         return tap
+
+    def hold(
+        self, kind: int | str, source: list[Machine], destination: list[Machine], *, answers: bool
+    ) -> Tap:
+        """Hold messages between any machines; see tap.py."""
+        names = ({m.name for m in source}, {m.name for m in destination})
+        tap = Tap(between(kind, *names, answers=answers))
+        self.world.network.taps.append(tap)
+        return tap
+
+    def home(self, key: int) -> Machine:
+        """The metadata server that a key belongs to: a client id, or an inode."""
+        return self.world.meta[home_of(key, range(101, 101 + len(self.world.meta))) - 101]
 
     async def until(self, condition: Callable[[], bool], bound_s: float) -> None:
         """Wait for something, `bound_s` virtual seconds at most."""

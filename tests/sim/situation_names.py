@@ -32,16 +32,8 @@ async def a_copy_of_a_failed_removal_comes_late(stage: Stage) -> None:
 
 
 @file_situation
-async def meta_does_not_hear_of_a_client_that_is_new(stage: Stage) -> None:
-    """Out of touch with mgmtd, it must not take those whom it has never seen for dead."""
-    managers = [*stage.world.mgmtd, stage.world.kv]
-    links = [stage.world.network.link(m.name, stage.meta.name) for m in managers]
-    links += [stage.world.network.link(stage.meta.name, m.name) for m in managers]
-    for link in links:
-        link.cut = True
-    client = stage.client(1)
-    client.kill()
-    stage.revive(client)
+async def meta_does_not_hear_that_a_client_is_back(stage: Stage) -> None:
+    """It was dead for a moment. Out of touch with mgmtd, meta must not count that as for ever."""
 
     async def hold(fs: FileSystem) -> File:
         file = await fs.open("/f/x", "w+")
@@ -51,6 +43,17 @@ async def meta_does_not_hear_of_a_client_that_is_new(stage: Stage) -> None:
         return file
 
     file = await stage.at(1, hold)
+    client, meta = stage.client(1), stage.meta.service
+    number = client.service.client_id
+    assert client.process is not None
+    client.process.pause()
+    await stage.until(lambda: number not in (meta._context.clients.alive() or {number}), 20)
+    managers = [*stage.world.mgmtd, stage.world.kv]
+    links = [stage.world.network.link(m.name, stage.meta.name) for m in managers]
+    links += [stage.world.network.link(stage.meta.name, m.name) for m in managers]
+    for link in links:
+        link.cut = True
+    client.process.resume()
     await asyncio.sleep(30)
 
     async def look(_: FileSystem) -> bytes:

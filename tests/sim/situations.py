@@ -19,6 +19,7 @@ FileScript = Callable[[Stage], Coroutine[Any, Any, None]]
 # The scrubber would mend what a broken product leaves.
 QUIET = Shape(chains=1, scrub=False)
 QUIET_FILES = Shape(meta=1, chains=1, scrub=False)
+QUIET_METAS = Shape(meta=2, shared=True, chains=1, scrub=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ def file_situation(script: FileScript) -> FileScript:
     return script
 
 
+def metas_situation(script: FileScript) -> FileScript:
+    """As file_situation, on two metadata servers that share a store."""
+    _add(script.__name__, lambda: stage_files(script, shape=QUIET_METAS))
+    return script
+
+
 def _add(name: str, play: Callable[[], Outcome]) -> None:
     assert name not in SITUATIONS
     SITUATIONS[name] = Situation(name, play)
@@ -62,6 +69,7 @@ def load_all() -> dict[str, Situation]:
         situation_failover,
         situation_fencing,
         situation_files,
+        situation_metas,
         situation_names,
         situation_power,
         situation_recovery,
@@ -79,6 +87,7 @@ def load_all() -> dict[str, Situation]:
         situation_failover,
         situation_files,
         situation_names,
+        situation_metas,
     )
     assert all(part.__doc__ for part in parts)
     return SITUATIONS

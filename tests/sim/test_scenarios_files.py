@@ -6,7 +6,7 @@ import pytest
 
 from emberfs.client.file import FileSystem
 from emberfs.client.oserrors import FileSystemError
-from emberfs.meta import replies
+from emberfs.meta import forgetting
 from emberfs.proto.errors import Code
 from emberfs.proto.ids import SECOND
 from sim.meta_view import seen_of, store_of
@@ -238,8 +238,7 @@ def test_o11_r9_an_open_file_outlives_its_name_and_its_metadata_server() -> None
 
 def test_o22_remembered_replies_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies are forgotten after their time; the store does not grow with the calls."""
-    monkeypatch.setattr(replies, "KEPT_NS", 40 * SECOND)
-    monkeypatch.setattr(replies.Replies.sweep, "__defaults__", (40 * SECOND,))
+    monkeypatch.setattr(forgetting.Forgetting.sweep, "__defaults__", (40 * SECOND,))
     counts: list[int] = []
 
     async def script(stage: Stage) -> None:

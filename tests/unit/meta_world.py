@@ -325,7 +325,8 @@ class World:
         count = self.store.get(keys.INODE_COUNT_KEY)
         assert int.from_bytes(count or b"", "little") == len(inodes)
         replies = self.rows(keys.Prefix.REPLY)
-        assert len(replies) == len(self.rows(keys.Prefix.REPLY_AGE))
+        marks = self.rows(keys.Prefix.MARK)
+        assert len(replies) + len(marks) == len(self.rows(keys.Prefix.REPLY_AGE))
 
 
 def play(scene: Callable[[World], Awaitable[None]], store: OrderedStore | None = None) -> World:

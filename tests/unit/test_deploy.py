@@ -47,6 +47,22 @@ def test_every_service_accepts_what_the_plan_writes(tmp_path: Path) -> None:
     assert service_settings(plan, "storage2")["node"] == 12
 
 
+def test_several_metadata_servers_have_names_ids_and_ports_of_their_own(tmp_path: Path) -> None:
+    """Who comes later moves nobody else's."""
+    one = plan_in(tmp_path, store="etcd://127.0.0.1:2379/x")
+    three = msgspec.structs.replace(one, metas=3)
+    write_plan(three)
+    names = three.service_names()
+    assert names == ["mgmtd", "meta", "meta2", "meta3", "storage1", "storage2", "storage3"]
+    settings = [service_settings(three, name) for name in ("meta", "meta2", "meta3")]
+    assert [one["node"] for one in settings] == [2, 3, 4]
+    assert {str(one["store"]) for one in settings} == {three.store}
+    assert three.process("meta3").command == "emberfs-meta"
+    assert len({three.metrics_port(name) for name in [*names, "fuse"]}) == 8
+    for name in [*one.service_names(), "fuse"]:
+        assert one.metrics_port(name) == three.metrics_port(name)
+
+
 def test_samples_are_valid() -> None:
     samples = Path(__file__).resolve().parents[2] / "deploy" / "samples"
     types = {
@@ -61,7 +77,13 @@ def test_samples_are_valid() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "says"),
-    [({"replicas": 4}, "4 replicas"), ({"directory": "/tmp/" + "x" * 100}, "shorter")],
+    [
+        ({"replicas": 4}, "4 replicas"),
+        ({"directory": "/tmp/" + "x" * 100}, "shorter"),
+        ({"metas": 2}, "need one store"),
+        ({"metas": 0}, "write 1 to 9"),
+        ({"metas": 10, "store": "etcd://127.0.0.1:2379/x"}, "write 1 to 9"),
+    ],
 )
 def test_impossible_plans_are_refused(tmp_path: Path, fields: dict[str, object], says: str) -> None:
 

@@ -167,7 +167,7 @@ async def plant_queued(scene: Scene) -> str:
 
 
 async def plant_age(scene: Scene) -> str:
-    await scene.write(keys.reply_age_key(5, 6, 7), b"")
+    await scene.write(keys.reply_age_key(keys.ReplyAge(4, 5, 6, 7)), b"")
     return "age of a reply that does not exist"
 
 
@@ -320,7 +320,7 @@ def test_a_living_cluster_gives_no_false_findings(monkeypatch: pytest.MonkeyPatc
                 await world.rmdir(b"dir2")
                 await world.unlink(b"p")
                 if number % 4 == 0:
-                    await world.context.replies.sweep(0)
+                    await world.context.replies.forgetting.sweep(0)
                 await asyncio.sleep(0)
 
         task = asyncio.create_task(churn())

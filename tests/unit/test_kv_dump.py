@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from emberfs.kv import dump as rows
-from emberfs.kv.keys import LOADING_KEY, OWNER_KEY
-from emberfs.kv.owned import OwnedEngine
+from emberfs.kv.keys import LOADING_KEY
 from emberfs.kv.transaction import Transaction, pack_counter
 from emberfs.kv.transactions import Engine
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.runtime.real import RealEnv
 from kv_faulty import faulty_engine
 from unit.kv_engines import etcd, make_place, postgres, put, read_all
 
@@ -148,12 +146,10 @@ def test_a_store_that_is_not_empty_or_half_loaded_is_refused(tmp_path: Path) -> 
     asyncio.run(main())
 
 
-def test_the_state_of_mgmtd_moves_along_and_the_owner_does_not(tmp_path: Path) -> None:
+def test_the_state_of_mgmtd_moves_along(tmp_path: Path) -> None:
     async def main() -> None:
         meta, mgmtd, together = (faulty_engine(0) for _ in range(3))
         await put(meta, Fs=b"1")
-        owned = OwnedEngine(RealEnv(), meta, 1)
-        await owned.claim()
         await put(mgmtd, cluster=b"c")
         with (tmp_path / "f").open("w+b") as file:
             assert await rows.dump(meta, file, mgmtd=mgmtd) == 2
@@ -165,6 +161,5 @@ def test_the_state_of_mgmtd_moves_along_and_the_owner_does_not(tmp_path: Path) -
             await rows.load(apart[0], file, mgmtd=apart[1])
         assert await read_all(apart[0]) == {b"Fs": b"1"}
         assert await read_all(apart[1]) == {b"cluster": b"c"}
-        assert (await read_all(meta)).keys() >= {OWNER_KEY}
 
     asyncio.run(main())

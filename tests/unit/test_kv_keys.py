@@ -33,7 +33,8 @@ def test_round_trips(a: int, b: int) -> None:
     assert keys.unpack_session_key(keys.session_key(a, b)) == (a, b)
     assert keys.unpack_inode_suffix(keys.deleted_key(b, a)) == a
     assert keys.unpack_inode_suffix(keys.trim_key(a)) == a
-    assert keys.unpack_reply_age_key(keys.reply_age_key(a, b, 7)) == (a, b, 7)
+    age = keys.ReplyAge(a, b, 3, 7)
+    assert keys.unpack_reply_age_key(keys.reply_age_key(age)) == age
     assert keys.xattr_name(keys.xattr_key(a, b"user.x")) == b"user.x"
 
 
@@ -43,8 +44,20 @@ def test_spans_of_one_inode(a: int, b: int) -> None:
     assert (span.start <= keys.session_key(b, 5) < span.stop) == (a == b)
     attributes = keys.xattr_span(a)
     assert (attributes.start <= keys.xattr_key(b, b"n") < attributes.stop) == (a == b)
-    ages = keys.reply_age_span(a)
-    assert (ages.start <= keys.reply_age_key(b, 1, 1) < ages.stop) == (b < a)
+    ages = keys.reply_age_span(5, a)
+    assert (ages.start <= keys.reply_age_key(keys.ReplyAge(5, b, 1, 1)) < ages.stop) == (b < a)
+    assert not ages.start <= keys.reply_age_key(keys.ReplyAge(6, b, 1, 1)) < ages.stop
+    own = keys.reply_ages_of(a)
+    assert (own.start <= keys.reply_age_key(keys.ReplyAge(b, 1, 1, 1)) < own.stop) == (a == b)
+
+
+def test_ages_of_before_servers_were_told_apart() -> None:
+    """They are found as those of servers that are gone, each by itself."""
+    key = b"r" + (9).to_bytes(8) + (5).to_bytes(8) + (7).to_bytes(8)
+    age = keys.unpack_reply_age_key(key)
+    assert (age.client, age.sequence) == (5, 7)
+    span = keys.reply_ages_of(age.server)
+    assert span.start <= key < span.stop
 
 
 def test_span_of_a_prefix() -> None:

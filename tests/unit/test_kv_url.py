@@ -4,13 +4,9 @@ import asyncio
 
 import pytest
 
-from emberfs.kv.owned import OwnedEngine
-from emberfs.kv.transaction import Transaction
 from emberfs.kv.url import StoreUrl, open_engine, parse_store, without_password
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.runtime.real import RealEnv
-from kv_faulty import faulty_engine
-from unit.kv_engines import read_all
 
 
 @pytest.mark.parametrize(
@@ -81,65 +77,3 @@ def test_servers_that_are_not_there(url: str, code: Code, words: str) -> None:
     with pytest.raises(EmberfsError) as raised:
         asyncio.run(open_engine(RealEnv(), url))
     assert (raised.value.code, words in raised.value.message) == (code, True), raised.value
-
-
-def test_one_owner_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emberfs.kv.owned.LEASE_NS", 300_000_000)
-    monkeypatch.setattr("emberfs.kv.owned.BEAT_NS", 30_000_000)
-    monkeypatch.setattr("emberfs.kv.owned.LOOK_NS", 20_000_000)
-
-    async def write(txn: Transaction) -> None:
-        txn.set(b"a", (await txn.get(b"a") or b"") + b"x")
-
-    async def main() -> None:
-        engine = faulty_engine(0)
-        first, second, third = (OwnedEngine(RealEnv(), engine, node) for node in (1, 2, 3))
-        await first.claim()
-        living = asyncio.ensure_future(first.live())
-        with pytest.raises(EmberfsError, match="metadata server 1 is using this store"):
-            await second.claim()
-        await first.run(write)
-        living.cancel()  # it hangs
-        await second.claim()
-        with pytest.raises(EmberfsError) as raised:
-            await first.run(write)
-        assert raised.value.code == Code.SHUTTING_DOWN
-        assert first.lost
-        await asyncio.wait_for(first.live(), 1)
-        with pytest.raises(EmberfsError):
-            await first.run(write, read_only=True)
-        await second.run(write)
-        await second.release()
-        began = asyncio.get_running_loop().time()
-        await third.claim()
-        assert asyncio.get_running_loop().time() - began < 0.2  # a released one is not waited for
-        assert (await read_all(engine, b"a", b"b")) == {b"a": b"xx"}
-        await engine.close()
-
-    asyncio.run(main())
-
-
-def test_what_an_earlier_owner_has_on_its_way_fails() -> None:
-    async def main() -> None:
-        engine = faulty_engine(0)
-        first = OwnedEngine(RealEnv(), engine, 1)
-        await first.claim()
-        going, taken = asyncio.Event(), asyncio.Event()
-
-        async def slow(txn: Transaction) -> None:
-            txn.set(b"a", b"late")
-            going.set()
-            await taken.wait()
-
-        late = asyncio.ensure_future(first.run(slow))
-        await going.wait()
-        await first.release()
-        await OwnedEngine(RealEnv(), engine, 2).claim()
-        taken.set()
-        with pytest.raises(EmberfsError) as raised:
-            await late
-        assert raised.value.code == Code.SHUTTING_DOWN
-        assert await read_all(engine, b"a", b"b") == {}
-        await engine.close()
-
-    asyncio.run(main())

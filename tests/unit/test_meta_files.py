@@ -447,7 +447,14 @@ def test_s2_o11_a_late_cut_cannot_bring_a_deleted_chunk_back() -> None:
 def sweeper_of(w: World, grace_ns: int = 30 * SECOND) -> SessionSweeper:
     context = w.context
     return SessionSweeper(
-        w.env, w.engine, context.collector, w.chunks, context.trims, context.clients, grace_ns
+        w.env,
+        w.engine,
+        context.collector,
+        w.chunks,
+        context.trims,
+        context.clients,
+        context.tenure,
+        grace_ns,
     )
 
 

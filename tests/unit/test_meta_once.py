@@ -15,9 +15,9 @@ from emberfs.kv import keys
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.transaction import Transaction
 from emberfs.meta import files, namespace, rename, replies, xattr
+from emberfs.meta.forgetting import BATCH_ROWS
 from emberfs.meta.format import open_file_system
 from emberfs.meta.rename import EXCHANGE
-from emberfs.meta.replies import BATCH_ROWS
 from emberfs.proto import meta_calls as calls
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ROOT_INODE, SECOND, InodeId, SessionId
@@ -188,17 +188,44 @@ def test_o22_replies_are_forgotten_after_their_time_and_not_before() -> None:
         for i in range(BATCH_ROWS + 10):
             await w.file(b"old%d" % i)
         w.env.skipped_ns += 599 * SECOND
-        assert await w.context.replies.sweep() == 0
-        w.boot()  # the clock of the records goes on where the youngest was
+        assert await sweep(w) == 0
+        w.boot()  # what an earlier life remembered is kept as long again
         await w.open()
         w.env.skipped_ns += 300 * SECOND
         await w.file(b"young")
-        assert await w.context.replies.sweep() == 0
-        w.env.skipped_ns += 400 * SECOND
-        assert await w.context.replies.sweep() == BATCH_ROWS
-        assert await w.context.replies.sweep() == 10
-        assert await w.context.replies.sweep() == 0
-        assert len(w.rows(keys.Prefix.REPLY)) == 1
+        assert await sweep(w) == 0
+        w.env.skipped_ns += 599 * SECOND
+        assert await sweep(w) == 0
+        w.env.skipped_ns += 2 * SECOND
+        assert await sweep(w) == BATCH_ROWS
+        assert await sweep(w) == 10  # and the young one, by now
+        assert await sweep(w) == 0
+        assert len(w.rows(keys.Prefix.REPLY)) == 0
+        assert len(w.rows(keys.Prefix.MARK)) == len(w.rows(keys.Prefix.REPLY_AGE)) == 1
+        w.env.skipped_ns += 25 * 3600 * SECOND
+        assert await sweep(w) == 1
+        assert len(w.rows(keys.Prefix.MARK)) == len(w.rows(keys.Prefix.REPLY_AGE)) == 0
+
+    play(scene)
+
+
+async def sweep(w: World) -> int:
+    return await w.context.replies.forgetting.sweep()
+
+
+def test_c9_a_copy_of_a_call_that_was_forgotten_is_refused() -> None:
+    """It may have waited at another server; its client has gone on long ago."""
+
+    async def scene(w: World) -> None:
+        old = calls.RequestId(CLIENT, w.sequence + 1)
+        await w.file(b"f")
+        await w.unlink(b"f")
+        w.env.skipped_ns += 601 * SECOND
+        assert await sweep(w) > 0
+        again = calls.MknodRequest(ROOT, old, ROOT_INODE, b"f", 0o644)
+        await fails(Code.STALE, namespace.mknod(w.context, again))
+        await fails(Code.NOT_FOUND, w.lookup(b"f"))
+        await w.file(b"f")
 
     play(scene)
 
