@@ -1,7 +1,8 @@
 """Metadata calls, one typed method each, with retry and failover across the meta servers.
 
 A mutating call gets its RequestId once; every retry carries the same, so a reply that was lost on
-the way does nothing twice. A meta server that restarts is waited for until the deadline.
+the way does nothing twice, whichever server answers. Who is asked stands in metachoice.py. A meta
+server that restarts is waited for until the deadline, if there is no other.
 """
 
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from emberfs.client import metrics
+from emberfs.client.metachoice import MetaServers, file_of
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.client.patience import Patience
 from emberfs.proto import meta_calls as calls
@@ -50,7 +52,7 @@ class Metadata:
         self._client_id = client_id
         self._attempt_ns = attempt_ns
         self._sequence = 0
-        self._preferred = NodeId(0)  # the server that answered last
+        self._servers = MetaServers(env, client_id)
 
     def close(self) -> None:
         """Stop listening to routing."""
@@ -329,7 +331,7 @@ class Metadata:
     async def _call(self, method: Method[Request, Answer], request: Request) -> Answer:
         """Try until an answer, an error for the application, or the deadline."""
         began_ns = self._env.now_ns()
-        body = method.encode_request(request)
+        body, inode = method.encode_request(request), file_of(request)
         patience = Patience(
             self._env,
             self._routing,
@@ -339,40 +341,58 @@ class Metadata:
             pause_first_ns=BACKOFF_FIRST_NS,
             pause_max_ns=BACKOFF_MAX_NS,
         )
+        asked: tuple[NodeId, int] | None = None  # the server, and its life, of the last try
+        helpless: set[NodeId] = set()
         while True:
             snapshot = self._routing.snapshot
-            node = self._choose(snapshot)
+            node = self._servers.choose(snapshot, inode, helpless)
             try:
                 if node is None:
                     raise EmberfsError(Code.UNREACHABLE, "no meta server is registered")
+                now_asked = (node, snapshot.nodes[node].incarnation)
+                if asked is not None and asked != now_asked:
+                    request = _sent_elsewhere(request)
+                    body = method.encode_request(request)
+                asked = now_asked
                 reply = await self._nodes.call(
                     node, method.number, body, timeout_ns=patience.attempt_ns()
                 )
                 answer = method.decode_answer(reply.body)
+                self._servers.answered(node)
                 metrics.META_SECONDS.observe((self._env.now_ns() - began_ns) / SECOND)
                 return answer
             except EmberfsError as problem:
+                if problem.reaction == Reaction.GIVE_UP and node is not None:
+                    self._servers.answered(node)
                 patience.note(problem)
                 metrics.RETRIES.labels(problem.code.name).inc()
-                if problem.reaction != Reaction.RETRY and node is not None:
-                    self._turn_from(node)
+                if node is not None:
+                    self._note_failure(snapshot, node, problem, helpless)
                 await patience.pause(problem, snapshot.version)
 
-    def _choose(self, snapshot: RoutingSnapshot) -> NodeId | None:
-        """The server of the last success, else one that lives, else any."""
-        preferred = snapshot.nodes.get(self._preferred)
-        if preferred is not None and preferred.alive:
-            return preferred.id
-        nodes = snapshot.nodes_of(NodeKind.META)
-        alive = [node for node in nodes if node.alive] or nodes
-        if not alive:
-            return None
-        self._preferred = alive[self._client_id % len(alive)].id
-        return self._preferred
+    def _note_failure(
+        self,
+        snapshot: RoutingSnapshot,
+        node: NodeId,
+        problem: EmberfsError,
+        helpless: set[NodeId],
+    ) -> None:
+        """Turn from a server that does not answer; for this call, from one that cannot."""
+        if problem.reaction == Reaction.FAILOVER:
+            self._servers.failed(snapshot, node)
+        elif problem.reaction == Reaction.REFRESH:
+            helpless.add(node)
+            if all(n.id in helpless for n in snapshot.nodes_of(NodeKind.META) if n.alive):
+                helpless.clear()
 
-    def _turn_from(self, failed: NodeId) -> None:
-        """Prefer the next server in id order (the same one where there is no other)."""
-        nodes = self._routing.snapshot.nodes_of(NodeKind.META)
-        others = [n.id for n in nodes if n.alive and n.id != failed]
-        if self._preferred == failed and others:
-            self._preferred = next((n for n in others if n > failed), others[0])
+
+def _sent_elsewhere(request: Request) -> Request:
+    """Mark a mutating call: a copy of it may be on its way at another server, or in another life.
+
+    Whoever performs it then remembers its outcome for all, whatever that is (meta/replies.py).
+    """
+    wanted: RequestId | None = getattr(request, "request", None)
+    if wanted is None or wanted.elsewhere:
+        return request
+    marked = msgspec.structs.replace(wanted, elsewhere=True)
+    return msgspec.structs.replace(request, request=marked)

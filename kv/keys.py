@@ -24,6 +24,8 @@ class Prefix(bytes, Enum):
     TRIM = b"T"  # + inode: shrunk, chunks beyond the end are still to be cut
     REPLY = b"R"  # + client + sequence: the remembered reply of a mutating call
     REPLY_AGE = b"r"  # + time + client + sequence: the same in order of age
+    OWNER = b"O"  # one record: the life of the metadata server that may write
+    ENGINE = b"\0"  # what engines keep for themselves: never in a backup
     MGMTD = b"M"  # everything of the management service; it divides its space itself
 
 
@@ -51,6 +53,8 @@ _REPLY_AGE_PREFIX = _P[Prefix.REPLY_AGE]
 FILE_SYSTEM_KEY = _P[Prefix.FILE_SYSTEM]
 INODE_BLOCK_KEY = _P[Prefix.COUNTER] + b"inode-block"  # next block of ids to hand out
 SEARCHED_BLOCK_KEY = _P[Prefix.COUNTER] + b"searched-block"  # up to it: no lost inode has chunks
+OWNER_KEY = _P[Prefix.OWNER]
+STAMP_KEY = _P[Prefix.ENGINE] + b"n"  # last stamp given, where the engine has none of its own
 INODE_COUNT_KEY = _P[Prefix.COUNTER] + b"inodes"
 
 

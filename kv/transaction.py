@@ -15,10 +15,11 @@ A plain commit survives the death of the process. `durable` waits for stable sto
 
 import asyncio
 import struct
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from emberfs.kv.history import Commit, History, ReadSet, WriteSet
+from emberfs.kv.keys import STAMP_KEY
 from emberfs.kv.store import Change, OrderedStore, Range, Row, View
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, US, MiB
@@ -36,6 +37,7 @@ TRANSACTION_BYTES_MAX = 16 * MiB
 
 _RETRYABLE = (Code.CONFLICT, Code.TOO_OLD)
 _COUNTER = struct.Struct("<q")
+_STAMP = struct.Struct(">QH")
 
 
 def pack_counter(value: int) -> bytes:
@@ -49,8 +51,16 @@ def unpack_counter(value: bytes | None) -> int:
     return count
 
 
+def pack_stamp(version: int) -> bytes:
+    """Encode what `Transaction.stamp` appends: STAMP_BYTES in the order of commits."""
+    return _STAMP.pack(version, 0)
+
+
 class Transaction:
-    """Reads a snapshot, sees its own writes, and takes effect as a whole or not at all."""
+    """Reads a snapshot, sees its own writes, and takes effect as a whole or not at all.
+
+    This one reads the store of this process; remote.RemoteTransaction shares what it buffers.
+    """
 
     __slots__ = (
         "_adds",
@@ -60,6 +70,7 @@ class Transaction:
         "_read_keys",
         "_read_only",
         "_read_ranges",
+        "_stamps",
         "_version",
         "_view",
         "_viewing",
@@ -80,6 +91,7 @@ class Transaction:
         self._read_keys: set[bytes] = set()
         self._read_ranges: list[Range] = []
         self._write_ranges: list[Range] = []
+        self._stamps: dict[bytes, bytes] = {}
 
     # ------------------------------------------------------------ reading
 
@@ -87,6 +99,8 @@ class Transaction:
         """Return the value. With `snapshot` a later change of it does not fail the commit."""
         if key in self._writes:
             return self._writes[key]
+        if self._stamps:
+            self._refuse_stamped(key, key + b"\0")
         if self._clears and self._is_cleared(key):
             return None
         if not (snapshot or self._read_only):
@@ -98,7 +112,7 @@ class Transaction:
 
     async def get_many(self, keys: Sequence[bytes], snapshot: bool = False) -> list[bytes | None]:
         """Return the values in the order of the keys."""
-        if self._writes or self._clears or self._adds:
+        if self._writes or self._clears or self._adds or self._stamps:
             return [await self.get(key, snapshot) for key in keys]
         if not (snapshot or self._read_only):
             self._read_keys.update(keys)
@@ -118,6 +132,8 @@ class Transaction:
         """
         if start >= stop:
             return []
+        if self._stamps:
+            self._refuse_stamped(start, stop)
         view = self._view or self._begin()
         if self._writes or self._clears or self._adds:
             rows = self._merged(view, start, stop, limit, reverse)
@@ -169,12 +185,16 @@ class Transaction:
         """Write a value at commit."""
         self._refuse_read_only()
         self._adds.pop(key, None)
+        if self._stamps:
+            self._stamps.pop(key, None)
         self._writes[key] = value
 
     def clear(self, key: bytes) -> None:
         """Delete a key at commit."""
         self._refuse_read_only()
         self._adds.pop(key, None)
+        if self._stamps:
+            self._stamps.pop(key, None)
         self._writes[key] = None
 
     def clear_range(self, start: bytes, stop: bytes) -> None:
@@ -182,7 +202,8 @@ class Transaction:
         self._refuse_read_only()
         if start >= stop:
             return
-        for own in (self._writes, self._adds):
+        buffers: tuple[dict[bytes, Any], ...] = (self._writes, self._adds, self._stamps)
+        for own in buffers:
             for key in [k for k in own if start <= k < stop]:
                 del own[key]
         self._clears.append((start, stop))
@@ -196,6 +217,16 @@ class Transaction:
             self._writes[key] = pack_counter(delta)
         else:
             self._adds[key] = self._adds.get(key, 0) + delta
+
+    def stamp(self, key: bytes, prefix: bytes = b"") -> None:
+        """Write `prefix` and STAMP_BYTES that are greater the later a transaction commits.
+
+        The value is not known before the commit: to read it in the same transaction is INVALID.
+        """
+        self._refuse_read_only()
+        self._adds.pop(key, None)
+        self._writes.pop(key, None)
+        self._stamps[key] = prefix
 
     def add_read_conflict(self, start: bytes, stop: bytes) -> None:
         """Fail the commit if [start, stop) was written since the snapshot."""
@@ -211,7 +242,13 @@ class Transaction:
     @property
     def changes_something(self) -> bool:
         """True once anything would be written."""
-        return bool(self._writes or self._adds or self._clears or self._write_ranges)
+        return bool(
+            self._writes or self._adds or self._clears or self._write_ranges or self._stamps
+        )
+
+    def _refuse_stamped(self, start: bytes, stop: bytes) -> None:
+        if any(start <= key < stop for key in self._stamps):
+            raise EmberfsError(Code.INVALID, "a stamp is not known before its commit")
 
     def _refuse_read_only(self) -> None:
         if self._read_only:
@@ -233,7 +270,9 @@ class Transaction:
             if self._viewing:
                 read = ReadSet(self._version, self._read_keys, self._read_ranges)
                 self._view = None  # a live view makes the store save every row that we replace
-            written = WriteSet(self._writes, self._adds, self._clears, self._write_ranges)
+            written = WriteSet(
+                self._writes, self._adds, self._clears, self._write_ranges, self._stamps
+            )
             return self._engine.apply(read, written)
         finally:
             self.cancel()
@@ -245,92 +284,6 @@ class Transaction:
             self._view = None
             if self._viewing:
                 self._engine.close_view()
-
-
-class ReadSet(NamedTuple):
-    """What a transaction depends on."""
-
-    version: int  # of its snapshot
-    keys: set[bytes]
-    ranges: list[Range]
-
-
-class WriteSet(NamedTuple):
-    """What a transaction changes."""
-
-    writes: dict[bytes, bytes | None]
-    adds: dict[bytes, int]
-    clears: list[Range]
-    ranges: list[Range]  # conflict ranges without data
-
-
-class Commit(NamedTuple):
-    """The footprint of one commit in the history."""
-
-    version: int
-    keys: tuple[bytes, ...]
-    ranges: tuple[Range, ...]
-
-
-class History:
-    """Who wrote what since when: a deque of commits, and the last writer of each key."""
-
-    def __init__(self, keys_max: int) -> None:
-        self._keys_max = keys_max
-        self._commits: deque[Commit] = deque()
-        self._last_write: dict[bytes, int] = {}
-        self._keys = 0
-        self._ranges = 0
-        self.forgotten = 0  # commits up to this version are no longer known
-
-    def append(self, commit: Commit) -> None:
-        """Remember a commit; forget the oldest ones beyond the bound."""
-        self._commits.append(commit)
-        self._keys += len(commit.keys) + 1
-        self._ranges += len(commit.ranges)
-        for key in commit.keys:
-            self._last_write[key] = commit.version
-        while self._keys > self._keys_max and len(self._commits) > 1:
-            self._forget(self._commits.popleft())
-
-    def _forget(self, commit: Commit) -> None:
-        self._keys -= len(commit.keys) + 1
-        self._ranges -= len(commit.ranges)
-        self.forgotten = commit.version
-        for key in commit.keys:
-            if self._last_write.get(key) == commit.version:
-                del self._last_write[key]
-
-    def clear(self, version: int) -> None:
-        """Forget everything up to `version`."""
-        if self._commits:
-            self._commits.clear()
-            self._last_write.clear()
-            self._keys = self._ranges = 0
-        self.forgotten = version
-
-    def conflicts(self, read: ReadSet) -> bool:
-        """Tell whether anything of the read set was written after its snapshot."""
-        last_write = self._last_write
-        if any(last_write.get(key, 0) > read.version for key in read.keys):
-            return True
-        if not (read.ranges or self._ranges):
-            return False
-        for commit in reversed(self._commits):
-            if commit.version <= read.version:
-                return False
-            if _touches(commit, read):
-                return True
-        return False
-
-
-def _touches(commit: Commit, read: ReadSet) -> bool:
-    for start, stop in read.ranges:
-        if any(start <= key < stop for key in commit.keys):
-            return True
-        if any(low < stop and start < high for low, high in commit.ranges):
-            return True
-    return any(low <= key < high for low, high in commit.ranges for key in read.keys)
 
 
 class Engine:
@@ -348,6 +301,7 @@ class Engine:
         self._tasks = TaskSet()
         self._waiting: list[asyncio.Future[None]] = []
         self._syncing = False
+        self._watchers: dict[bytes, set[asyncio.Future[None]]] = {}
         self.conflicts = 0  # commits refused so far
 
     def begin(self, *, read_only: bool = False) -> Transaction:
@@ -387,6 +341,20 @@ class Engine:
         if durable:
             await self.sync()
         return result
+
+    async def watch(self, key: bytes, seen: bytes | None) -> bytes | None:
+        """Return the value of a key as soon as it is another one than `seen`."""
+        while (value := self._store.get(key)) == seen:
+            watcher = asyncio.get_running_loop().create_future()
+            watchers = self._watchers.setdefault(key, set())
+            watchers.add(watcher)
+            try:
+                await watcher
+            finally:
+                watchers.discard(watcher)
+                if not watchers and self._watchers.get(key) is watchers:
+                    del self._watchers[key]
+        return value
 
     async def sync(self) -> None:
         """Wait until everything committed so far is stable. Callers share syncs."""
@@ -443,6 +411,8 @@ class Engine:
         changes: list[Change] = list(written.writes.items())
         for key, delta in written.adds.items():
             changes.append((key, pack_counter(unpack_counter(self._store.get(key)) + delta)))
+        if written.stamps:
+            changes += self._stamped(written.stamps)
         size = sum(len(key) + len(value or b"") for key, value in changes)
         if size > TRANSACTION_BYTES_MAX:
             raise EmberfsError(
@@ -450,11 +420,27 @@ class Engine:
             )
         self._store.write(changes, written.clears)
         self._version += 1
+        if self._watchers:
+            self._tell_watchers(changes, written.clears)
         if self._views:
             keys = tuple(key for key, _ in changes)
             ranges = (*written.clears, *written.ranges)
             self._history.append(Commit(self._version, keys, ranges))
         return self._version
+
+    def _stamped(self, stamps: dict[bytes, bytes]) -> list[Change]:
+        """A counter in the store, as versions begin anew with every process."""
+        number = unpack_counter(self._store.get(STAMP_KEY)) + 1
+        rows = [(key, prefix + pack_stamp(number)) for key, prefix in stamps.items()]
+        return [*rows, (STAMP_KEY, pack_counter(number))]
+
+    def _tell_watchers(self, changes: list[Change], clears: Sequence[Range]) -> None:
+        touched = [key for key, _ in changes if key in self._watchers]
+        for start, stop in clears:
+            touched += [key for key in self._watchers if start <= key < stop]
+        for key in touched:
+            for watcher in self._watchers[key]:
+                _resolve(watcher, None)
 
     def _validate(self, read: ReadSet) -> None:
         if read.version < self._history.forgotten:

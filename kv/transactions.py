@@ -1,20 +1,23 @@
 """What a service may expect of a transactional engine, wherever it runs.
 
-transaction.Engine is the one in this process. Another may stand behind a network: its `run` can
-fail with MAYBE_COMMITTED or TIMEOUT and yet take effect, even later. `work` must therefore be
-written so that a second run, or a late first one, does no harm: let it read what it depends on.
+transaction.Engine is the one in this process; remote.RemoteEngine stands before a server, and
+finds out what became of a commit whose answer was lost. Only when it cannot within its patience
+does `run` fail with MAYBE_COMMITTED: the work may have taken effect. It does not take effect any
+later than the next transaction of this engine begins. Who then repeats the work must write it so
+that a second run does no harm: let it read what it depends on.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from emberfs.kv.store import Row
+from emberfs.kv.transaction import Transaction
 
 T = TypeVar("T")
 
 
 class ReadWrite(Protocol):
-    """A transaction as its work sees it; see transaction.Transaction."""
+    """The part of a transaction that a service needs which knows of no engine."""
 
     async def get(self, key: bytes, snapshot: bool = False) -> bytes | None:
         """Return the value. With `snapshot` a later change of it does not fail the commit."""
@@ -49,7 +52,7 @@ class Transactions(Protocol):
 
     async def run(
         self,
-        work: Callable[[ReadWrite], Awaitable[T]],
+        work: Callable[[Transaction], Awaitable[T]],
         *,
         read_only: bool = False,
         durable: bool = False,
@@ -67,4 +70,21 @@ class Transactions(Protocol):
 
     async def close(self) -> None:
         """Release the engine."""
+        ...
+
+
+class Engine(Transactions, Protocol):
+    """All that an engine can do."""
+
+    @property
+    def conflicts(self) -> int:
+        """How many commits were refused so far."""
+        ...
+
+    def begin(self, *, read_only: bool = False) -> Transaction:
+        """Start a transaction by hand; `run` is what one usually wants."""
+        ...
+
+    async def watch(self, key: bytes, seen: bytes | None) -> bytes | None:
+        """Return the value of a key as soon as it is another one than `seen`."""
         ...

@@ -10,7 +10,8 @@ import logging
 from typing import NamedTuple
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction
+from emberfs.kv.transaction import Transaction
+from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.metrics import DELETED, DELETED_WAITING
 from emberfs.meta.trims import Chunks, Trims

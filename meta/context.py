@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from emberfs.kv.transaction import Engine
+from emberfs.kv.transactions import Engine
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds

@@ -3,7 +3,8 @@
 import stat
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction
+from emberfs.kv.transaction import Transaction
+from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.tree import add_inode
 from emberfs.proto.errors import Code, EmberfsError

@@ -7,7 +7,8 @@ would show those chunks in a new file. Hence the reservation is on stable storag
 import asyncio
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction, pack_counter, unpack_counter
+from emberfs.kv.transaction import Transaction, pack_counter, unpack_counter
+from emberfs.kv.transactions import Engine
 from emberfs.proto.ids import InodeId
 
 BLOCK_IDS = 1024

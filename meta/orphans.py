@@ -11,7 +11,8 @@ import logging
 from collections.abc import Callable
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction, pack_counter, unpack_counter
+from emberfs.kv.transaction import Transaction, pack_counter, unpack_counter
+from emberfs.kv.transactions import Engine
 from emberfs.meta.inode_ids import BLOCK_IDS
 from emberfs.meta.trims import Chunks
 from emberfs.proto.cluster import RoutingSnapshot

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction
+from emberfs.kv.transaction import Transaction
+from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.proto.errors import Code, EmberfsError, Reaction
 from emberfs.proto.ids import SECOND

@@ -12,7 +12,8 @@ from emberfs.client.wiring import REAL, Wiring
 from emberfs.fabric.server import Server
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
-from emberfs.kv.transaction import Engine
+from emberfs.kv.transaction import Engine as EmbeddedEngine
+from emberfs.kv.transactions import Engine
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
 from emberfs.meta.format import open_file_system
@@ -82,11 +83,14 @@ class MetaService:
         *,
         wiring: Wiring = REAL,
         open_store: Callable[[str], OrderedStore] = RocksStore,
+        share_engine: Callable[[], Engine] | None = None,
     ) -> None:
+        """`share_engine`: how to reach a store that other servers use, too, instead of an own."""
         self._config = config
         self._env = env
         self._wiring = wiring
         self._open_store = open_store
+        self._share_engine = share_engine
         self._engine: Engine | None = None
         self._cluster: Cluster | None = None
         self._context: Context | None = None
@@ -98,8 +102,7 @@ class MetaService:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
         config, env = self._config, self._env
         timeout_ns = int(config.start_timeout_s * SECOND)
-        store = await env.run_blocking(lambda: self._open_store(os.path.join(config.data, "kv")))
-        self._engine = engine = Engine(env, store)
+        self._engine = engine = await self._open_engine()
         CONFLICTS.set_function(lambda: engine.conflicts)
         made = await open_file_system(
             engine, config.cluster, uid=os.getuid(), gid=os.getgid(), now_ns=env.wall_ns()
@@ -115,6 +118,13 @@ class MetaService:
             wiring=self._wiring,
         )
         await self._serve(engine, self._cluster, timeout_ns)
+
+    async def _open_engine(self) -> Engine:
+        if self._share_engine is not None:
+            return self._share_engine()
+        path = os.path.join(self._config.data, "kv")
+        store = await self._env.run_blocking(lambda: self._open_store(path))
+        return EmbeddedEngine(self._env, store)
 
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction
+from emberfs.kv.transaction import Transaction
+from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.metrics import TRIMS_PENDING
 from emberfs.proto.errors import EmberfsError

@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from emberfs.kv.store import OrderedStore
-from emberfs.kv.transaction import Engine
-from emberfs.kv.transactions import ReadWrite
+from emberfs.kv.transaction import Engine, Transaction
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.runtime.env import Env
 
@@ -33,7 +32,7 @@ class EmbeddedEngine:
 
     async def run(
         self,
-        work: Callable[[ReadWrite], Awaitable[T]],
+        work: Callable[[Transaction], Awaitable[T]],
         *,
         read_only: bool = False,
         durable: bool = False,

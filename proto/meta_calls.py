@@ -27,6 +27,7 @@ class RequestId(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     client: U64
     sequence: U64
+    elsewhere: bool = False  # an earlier try went to another server, or to an earlier life of it
 
 
 class InodeAnswer(msgspec.Struct, frozen=True, gc=False):

@@ -33,6 +33,7 @@ PURE = {
     "proto.cluster",
     "proto.files",
     "proto.method",
+    "proto.rendezvous",
     "proto.storage_calls",
     "proto.meta_calls",
     "kv.keys",

@@ -1,8 +1,8 @@
 """A whole cluster in one event loop: the real services on fake machines.
 
 Machines: one that runs the key-value store of the management services, mgmtd1.., meta1.., stor1..,
-client1... Every service is the class that the real process runs, with the fake network and disk
-passed in.
+client1.., and where metadata servers share a store (shared_store.py), one that runs it. Every
+service is the class that the real process runs, with the fake network and disk passed in.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from emberfs.client.control import Control
 from emberfs.client.lastwill import Will, carry_out
 from emberfs.client.routing import Routing
 from emberfs.client.wiring import Wiring
+from emberfs.kv.memory import MemoryStore
 from emberfs.kv.transaction import Engine
 from emberfs.meta.server import MetaConfig, MetaService
 from emberfs.mgmtd.events import (
@@ -53,6 +54,8 @@ from sim.check_versions import Seen
 from sim.loop import SimLoop
 from sim.machine import Machine, SimEnv, as_env
 from sim.network import Network, SimTransport, remote, remote_stream
+from sim.shared_store import STORE as ROWS
+from sim.shared_store import SharedEngine, SharedRows
 from sim.tap import CONTROL, STORE
 
 T = TypeVar("T")
@@ -73,6 +76,7 @@ class Shape:
 
     mgmtd: int = 2
     meta: int = 0
+    shared: bool = False  # all metadata servers stand on one store
     storage: int = 3
     chains: int = 2
     replicas: int = 3
@@ -92,6 +96,8 @@ class World:
         self.kv = self._machine("kv")
         self.mgmtd = [self._machine(f"mgmtd{n + 1}") for n in range(shape.mgmtd)]
         self.meta = [self._machine(f"meta{n + 1}") for n in range(shape.meta)]
+        self.rows = self._machine("rows") if shape.shared else self.kv
+        self.maybe_share = 0.0  # of the commits to it, see shared_store.py
         self.storage = [self._machine(f"stor{n + 1}") for n in range(shape.storage)]
         self.clients = [self._machine(f"client{n + 1}") for n in range(shape.clients)]
         self.addresses = tuple(f"{machine.name}:{MGMTD_PORT}" for machine in self.mgmtd)
@@ -113,7 +119,8 @@ class World:
 
     async def boot(self) -> None:
         """Start everything and create the chains."""
-        for machine in (self.kv, *self.mgmtd, *self.storage, *self.clients):
+        shared = (self.rows,) if self.shape.shared else ()
+        for machine in (self.kv, *shared, *self.mgmtd, *self.storage, *self.clients):
             self.start(machine)
         self.loop.create_task(self.managers.run())
         await self._create_chains()
@@ -126,6 +133,7 @@ class World:
         number = int(machine.name[len(kind) :] or 0)
         begin: Callable[[SimEnv], Coroutine[Any, Any, None]] = {
             "kv": lambda env: self._live_kv(machine, env),
+            "rows": lambda env: self._live_rows(machine, env),
             "mgmtd": lambda env: self._live_mgmtd(machine, env, number),
             "meta": lambda env: self._live_meta(machine, env, number),
             "stor": lambda env: self._live_storage(machine, env, number),
@@ -143,6 +151,9 @@ class World:
 
     async def _live_kv(self, machine: Machine, env: SimEnv) -> None:
         machine.service = Engine(env, machine.disk.open_store("/kv"))
+
+    async def _live_rows(self, machine: Machine, env: SimEnv) -> None:
+        machine.service = SharedRows(env, machine.disk.stores.setdefault(ROWS, MemoryStore()))
 
     async def _live_mgmtd(self, machine: Machine, env: SimEnv, number: int) -> None:
         own = Node(
@@ -199,8 +210,13 @@ class World:
             session_grace_s=10.0,
         )
         while True:
+            shared = self.shape.shared
             service = MetaService(
-                config, env, wiring=self.wiring(machine), open_store=machine.disk.open_store
+                config,
+                env,
+                wiring=self.wiring(machine),
+                open_store=machine.disk.open_store,
+                share_engine=(lambda: SharedEngine(self, machine, env)) if shared else None,
             )
             try:
                 await service.start()

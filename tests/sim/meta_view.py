@@ -8,8 +8,10 @@ from emberfs.kv.memory import MemoryStore
 from emberfs.meta import schema
 from sim.check_lives import Seen
 from sim.check_tree import DIRECTORY, FILE, Node, Place
+from sim.cluster import World
 from sim.machine import Machine
 from sim.names_record import reply_in_words
+from sim.shared_store import STORE as ROWS
 
 STORE = "/meta/kv"
 
@@ -25,6 +27,13 @@ class Leftover(NamedTuple):
 def store_of(machine: Machine) -> MemoryStore:
     """The rows of a metadata server, as its disk has them now."""
     return machine.disk.stores.setdefault(STORE, MemoryStore())
+
+
+def rows_of(world: World) -> MemoryStore:
+    """The rows of all metadata servers, wherever they lie."""
+    if world.shape.shared:
+        return world.rows.disk.stores.setdefault(ROWS, MemoryStore())
+    return store_of(world.meta[0])
 
 
 def seen_of(store: MemoryStore) -> Seen:

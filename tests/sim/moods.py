@@ -19,6 +19,7 @@ class Mood:
     heirs: bool = False  # most deaths of storage processes are reported, as their hosts do it
     gentle: bool = False  # within the replication factor: no client may see an error
     patience_ns: int = PATIENT_NS  # of the clients, if gentle
+    metas: int = 1  # metadata servers; several stand on one store
     files: bool = False  # names and files on a metadata server, instead of bare chunks
 
 

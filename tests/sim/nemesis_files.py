@@ -31,6 +31,17 @@ FILE_MOODS = {
              files=True, overlap=True),
         Mood("files and storage", ("kill storage", "freeze storage", "isolate storage",
              "die between disk operations", "kill client", "reset"), files=True, messages=True),
+        # Several metadata servers on one store.
+        Mood("metas", ("kill meta", "freeze meta", "reset", "maybe committed"), files=True,
+             messages=True, metas=2),
+        Mood("gentle metas", ("kill meta", "freeze meta", "isolate meta", "kill storage",
+             "kill mgmtd", "reset", "maybe committed"), files=True, gentle=True, metas=3),
+        Mood("metas storm", ("kill meta", "freeze meta", "isolate meta", "one way of meta",
+             "kill client", "freeze client", "reset", "kill mgmtd", "freeze rows",
+             "maybe committed"), files=True, messages=True, overlap=True, metas=3),
+        Mood("metas and storage", ("freeze meta", "kill meta", "one way of meta", "kill storage",
+             "freeze storage", "isolate client"), files=True, messages=True, overlap=True,
+             metas=2),
         # Once, the power of all servers fails in the same instant.
         Mood("files blackout", ("blackout", "blackout", "kill client", "kill meta"), files=True),
     )
@@ -46,6 +57,8 @@ class FilesNemesis(Nemesis):
 
     def victims(self, kind: str) -> list[Machine]:
         """See Nemesis."""
+        if kind in ("freeze rows", "maybe committed"):
+            return [self.world.rows]
         return self.world.meta if "meta" in kind else super().victims(kind)
 
     def actions(self) -> dict[str, Callable[[Machine], Awaitable[None]]]:
@@ -54,6 +67,9 @@ class FilesNemesis(Nemesis):
             "kill meta": self._kill,
             "freeze meta": self._freeze,
             "isolate meta": self._isolate,
+            "one way of meta": self._one_way,
+            "freeze rows": self._freeze_rows,
+            "maybe committed": self._doubt,
             "slow meta disk": self._slow_disk,
             "meta dies between operations": self._die_soon,
             "power cut of meta": self._cut_meta,
@@ -82,6 +98,20 @@ class FilesNemesis(Nemesis):
         await super()._blackout(victim)
         meta.power_on()
         self.revive(meta)
+
+    async def _freeze_rows(self, victim: Machine) -> None:
+        """The store of all metadata servers stands still."""
+        process = victim.process
+        assert process is not None
+        process.pause()
+        await asyncio.sleep(self._some_seconds() / 2)
+        process.resume()
+
+    async def _doubt(self, victim: Machine) -> None:
+        """The store does not say what became of commits."""
+        self.world.maybe_share = self.dice.choice((0.05, 0.3))
+        await asyncio.sleep(self._some_seconds())
+        self.world.maybe_share = 0.0
 
     async def _freeze_client(self, victim: Machine) -> None:
         process = victim.process

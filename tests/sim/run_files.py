@@ -20,7 +20,7 @@ from sim.check_versions import check_versions
 from sim.cluster import Shape, World
 from sim.file_lane import HOME
 from sim.files_load import FilesLoad
-from sim.meta_view import leftovers, seen_of, store_of
+from sim.meta_view import leftovers, rows_of, seen_of
 from sim.moods import Mood
 from sim.nemesis_files import FilesNemesis
 from sim.violation import Violation
@@ -38,7 +38,8 @@ async def play_files(
     loop: simloop.SimLoop, outcome: "Outcome", mood: Mood, seconds: float, shape: Shape
 ) -> None:
     """Boot, load, rage, heal, judge."""
-    world = World(loop, outcome.seed, replace(shape, meta=1))
+    shape = replace(shape, meta=mood.metas, shared=mood.metas > 1)
+    world = World(loop, outcome.seed, shape)
     await world.boot()
     found = outcome.violations
     if not await world.until_serving(30 * SECOND):
@@ -109,7 +110,7 @@ async def judge(
     """Put everything to the checkers; not `contents` where writes were not recorded."""
     world, history, found = load.world, load.history, outcome.violations
     if names:
-        last = seen_of(store_of(world.meta[0]))
+        last = seen_of(rows_of(world))
         calls = list(history)
         verdict = check_lives(calls, load.requests, load.cuts, last, world.loop.now_ns())
         found += verdict.violations
@@ -148,7 +149,7 @@ def _left_over(load: FilesLoad) -> list[Violation]:
     alive = {c.service.client_id for c in clients if c.service is not None} if load.cuts else set()
     return [
         Violation("left over", f"{left.kind} of inode {left.inode} ({left.client:x})")
-        for left in leftovers(store_of(load.world.meta[0]))
+        for left in leftovers(rows_of(load.world))
         if left.client not in alive
     ]
 

@@ -18,7 +18,7 @@ from sim.cluster import Shape, World
 from sim.disk import Fate
 from sim.files_load import FilesLoad
 from sim.machine import Machine
-from sim.meta_view import Leftover, leftovers, seen_of, store_of
+from sim.meta_view import Leftover, leftovers, rows_of, seen_of, store_of
 from sim.moods import Mood
 from sim.nemesis_files import FilesNemesis
 from sim.run_files import finish, judge, prepare
@@ -48,7 +48,7 @@ class Stage:
     @property
     def leftovers(self) -> list[Leftover]:
         """Sessions, deletions and trims that are recorded."""
-        return leftovers(store_of(self.meta))
+        return leftovers(rows_of(self.world))
 
     def client(self, index: int) -> Machine:
         """A client's machine."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 STORE = "store"  # calls of mgmtd to its key-value store
+ROWS = "rows"  # calls of metadata servers to the store that they share
 CONTROL = "control"  # calls to mgmtd
 ROUTING = "routing"  # streams of snapshots from mgmtd
 
