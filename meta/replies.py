@@ -19,7 +19,7 @@ from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.proto.errors import Code, EmberfsError, Reaction
 from emberfs.proto.ids import SECOND
-from emberfs.proto.meta_calls import RequestId
+from emberfs.proto.meta_calls import SETTLE, RequestId
 from emberfs.proto.method import Method
 from emberfs.runtime.env import Env
 
@@ -30,6 +30,8 @@ A = TypeVar("A", bound=msgspec.Struct)
 KEPT_NS = 600 * SECOND
 SWEEP_NS = 15 * SECOND
 BATCH_ROWS = 512
+# Methods whose answer does not reach the kernel of the client: it hears of them as the others do.
+_TOLD_NOBODY = frozenset({SETTLE.number})
 FRUITLESS_MAX = 65_536  # answers of calls without effect; the oldest go first
 
 
@@ -80,6 +82,8 @@ class Replies:
             value = await txn.get(key)
             if value is not None:
                 return _recall(method, request, value), True
+            if method.number not in _TOLD_NOBODY:
+                txn.origin = request.client
             answer = await work(txn)
             if request in self._fruitless:  # its caller has this answer and has gone on
                 raise _OvertakenError

@@ -14,6 +14,7 @@ from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
 from emberfs.kv.transaction import Engine as EmbeddedEngine
 from emberfs.kv.transactions import Engine
+from emberfs.meta.announce import Announced, Announcer
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
 from emberfs.meta.format import open_file_system
@@ -102,7 +103,8 @@ class MetaService:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
         config, env = self._config, self._env
         timeout_ns = int(config.start_timeout_s * SECOND)
-        self._engine = engine = await self._open_engine()
+        announcer = Announcer(env)
+        self._engine = engine = Announced(await self._open_engine(), announcer)
         CONFLICTS.set_function(lambda: engine.conflicts)
         made = await open_file_system(
             engine, config.cluster, uid=os.getuid(), gid=os.getgid(), now_ns=env.wall_ns()
@@ -117,7 +119,7 @@ class MetaService:
             timeout_ns=timeout_ns,
             wiring=self._wiring,
         )
-        await self._serve(engine, self._cluster, timeout_ns)
+        await self._serve(engine, announcer, self._cluster, timeout_ns)
 
     async def _open_engine(self) -> Engine:
         if self._share_engine is not None:
@@ -126,7 +128,9 @@ class MetaService:
         store = await self._env.run_blocking(lambda: self._open_store(path))
         return EmbeddedEngine(self._env, store)
 
-    async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
+    async def _serve(
+        self, engine: Engine, announcer: Announcer, cluster: Cluster, timeout_ns: int
+    ) -> None:
         config, env = self._config, self._env
         policy = Policy(config.chunk_bytes, config.stripe)
         context = Context(
@@ -137,6 +141,7 @@ class MetaService:
             policy,
             lambda: self._routing_is_fresh(cluster),
         )
+        context.announcer = announcer
         self._context = context
         await context.load()
         cluster.routing.subscribe(lambda snapshot: context.clients.look())
