@@ -74,7 +74,7 @@ class Mount:
             pyfuse3.main(min_tasks=WORKERS_MIN, max_tasks=WORKERS_MAX), name="fuse session"
         )
         self._tasks.spawn(self._operations.requests.sweep(), name="fuse deadlines")
-        self._operations.kernel.start(self._env, self._operations.cache)
+        self._operations.kernel.start(self._operations.cache)
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await self._env.run_blocking(lambda: os.statvfs(self._place))

@@ -1,6 +1,5 @@
 """Drops what the kernel has cached of a mount (fuse_lowlevel_notify_inval_* of libfuse)."""
 
-import asyncio
 import errno
 from collections.abc import Collection
 
@@ -19,13 +18,14 @@ AT_ONCE = 500  # inodes between two looks at other work
 class FuseKernel:
     """See kernelcache.Kernel."""
 
-    def __init__(self, known: KnownInodes) -> None:
+    def __init__(self, env: Env, known: KnownInodes) -> None:
+        self._env = env
         self._known = known
         self._tasks = TaskSet()
 
-    def start(self, env: Env, cache: KernelCache) -> None:
+    def start(self, cache: KernelCache) -> None:
         """Begin what is to be done from time to time."""
-        self._tasks.spawn(_look_again(env, cache), name="fuse cache")
+        self._tasks.spawn(self._look_again(cache), name="fuse cache")
 
     async def close(self) -> None:
         """End it."""
@@ -45,7 +45,12 @@ class FuseKernel:
             if inode in self._known.held():
                 self.drop_attributes(inode)
             if at % AT_ONCE == AT_ONCE - 1:
-                await asyncio.sleep(0)
+                await self._env.sleep_ns(0)
+
+    async def _look_again(self, cache: KernelCache) -> None:
+        while True:
+            await self._env.sleep_ns(LOOK_NS)
+            cache.look_again()
 
     def drop_name(self, directory: int, name: bytes) -> None:
         """In another thread: the kernel waits for what is under way in the directory."""
@@ -65,9 +70,3 @@ def drop_attributes(inode: int) -> bool:
             raise
         return False
     return True
-
-
-async def _look_again(env: Env, cache: KernelCache) -> None:
-    while True:
-        await env.sleep_ns(LOOK_NS)
-        cache.look_again()

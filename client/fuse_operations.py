@@ -79,7 +79,7 @@ class EmberOperations(pyfuse3.Operations):
         self._policy = policy
         self._callers = Callers(env)
         self._known = KnownInodes()
-        self.kernel = FuseKernel(self._known)
+        self.kernel = FuseKernel(env, self._known)
         self.cache = KernelCache(
             self.kernel,
             Timeouts(policy.attr_timeout_s, policy.announced_timeout_s),
