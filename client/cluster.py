@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from emberfs.client.agent import Agent
 from emberfs.client.chunkio import ChunkIO
 from emberfs.client.control import Control
+from emberfs.client.listening import Listening
 from emberfs.client.metadata import Metadata
 from emberfs.client.openfile import OpenFiles
 from emberfs.client.routing import Routing
@@ -21,7 +22,8 @@ log = logging.getLogger("emberfs.client.cluster")
 class Cluster:
     """Everything a client process needs, opened and closed together.
 
-    Parts: env, control, routing, peers, chunkio, metadata, files, client_id.
+    Parts: env, control, routing, peers, chunkio, metadata, files, listening, client_id. Who caches
+    starts `listening`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Cluster:
             membership=agent,
             routing=routing,
         )
+        self.listening = Listening(env, routing, self.peers, client_id, agent)
         self._agent = agent
 
     @classmethod
@@ -103,6 +106,7 @@ class Cluster:
         try:
             await self.files.close()
         finally:
+            await self.listening.close()
             self.metadata.close()
             self.chunkio.close()
             await self.peers.close()

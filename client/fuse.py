@@ -12,6 +12,7 @@ from emberfs.client import mountpoint, readable
 from emberfs.client.cluster import Cluster
 from emberfs.client.fuse_metrics import FuseMetrics
 from emberfs.client.fuse_operations import CachePolicy, EmberOperations
+from emberfs.client.kernelcache import KernelCache
 from emberfs.client.metadata import Metadata
 from emberfs.client.openfile import OpenFiles
 from emberfs.proto.errors import Code, EmberfsError
@@ -39,6 +40,7 @@ class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mountpoint: str
     attr_timeout_s: float = 1.0  # how long the kernel believes attributes ...
     entry_timeout_s: float = 1.0  # ... and names that exist
+    announced_timeout_s: float = 60.0  # both, and missing names, while changes are announced
     request_timeout_s: float = 60.0  # then the application gets ETIMEDOUT
     connect_timeout_s: float = 10.0
     read_ahead_bytes: int = 8 * MiB  # of the kernel, per open file
@@ -72,6 +74,7 @@ class Mount:
             pyfuse3.main(min_tasks=WORKERS_MIN, max_tasks=WORKERS_MAX), name="fuse session"
         )
         self._tasks.spawn(self._operations.requests.sweep(), name="fuse deadlines")
+        self._operations.kernel.start(self._operations.cache)
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await self._env.run_blocking(lambda: os.statvfs(self._place))
@@ -93,6 +96,7 @@ class Mount:
             pyfuse3.terminate()
             await asyncio.wait({self.session}, timeout=END_TIMEOUT_S)
         await self._tasks.close()
+        await self._operations.kernel.close()
         # Closing the descriptor answers what still waits in the kernel with ECONNABORTED; a busy
         # mount is detached.
         pyfuse3.close(unmount=not gone)
@@ -123,14 +127,22 @@ class FuseService:
         operations = self._operations(self._cluster.metadata, self._cluster.files)
         self._mount = Mount(self._env, operations, place)
         await self._mount.start(mount_options(config), config.read_ahead_bytes)
+        self._listen(self._cluster, operations.cache)
         assert self._mount.session is not None
         self._mount.session.add_done_callback(_leave)
         self._metrics.register()
         log.info("mounted at %s", place)
 
+    def _listen(self, cluster: Cluster, cache: KernelCache) -> None:
+        if self._config.announced_timeout_s > 0:
+            cache.is_current = cluster.listening.is_current
+            cluster.listening.start(cache)
+
     async def stop(self) -> None:
         """Push everything to the servers, unmount, say goodbye."""
         try:
+            if self._cluster is not None:
+                await self._cluster.listening.close()
             if self._cluster is not None and self._mount is not None:
                 await self._flush(self._cluster.files)
             if self._mount is not None:
@@ -168,6 +180,7 @@ class FuseService:
         policy = CachePolicy(
             attr_timeout_s=config.attr_timeout_s,
             entry_timeout_s=config.entry_timeout_s,
+            announced_timeout_s=config.announced_timeout_s,
             writeback=config.writeback,
             request_timeout_ns=int(config.request_timeout_s * SECOND),
         )

@@ -50,6 +50,14 @@ def attributes(
     return entry
 
 
+def missing_entry(timeout_s: float) -> pyfuse3.EntryAttributes:
+    """That a name leads nowhere, believed for a time (inode 0 in fuse_reply_entry of libfuse)."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = 0
+    entry.entry_timeout = timeout_s
+    return entry
+
+
 def bare_entry(inode: int, mode: int) -> pyfuse3.EntryAttributes:
     """Number and type only, as "." and ".." of a listing need."""
     entry = pyfuse3.EntryAttributes()

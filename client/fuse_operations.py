@@ -1,8 +1,8 @@
 """FUSE requests translated into calls of the client; nothing is decided here but caching.
 
-What the kernel may cache: attributes and names for a configured time (1 s), missing names not at
-all, pages of a file until it is opened again and has changed meanwhile (close-to-open). POSIX and
-BSD locks stay with the kernel: they hold among the processes of one mount, not between machines.
+What the kernel may cache: attributes, names and missing names as kernelcache.py says, pages of a
+file until it is opened again and has changed meanwhile (close-to-open). POSIX and BSD locks stay
+with the kernel: they hold among the processes of one mount, not between machines.
 """
 
 import errno
@@ -16,7 +16,14 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, RequestContext
 
 from emberfs.client.callers import ROOT, Callers
-from emberfs.client.fuse_attributes import attributes, bare_entry, changes, space
+from emberfs.client.fuse_attributes import (
+    attributes,
+    bare_entry,
+    changes,
+    missing_entry,
+    space,
+)
+from emberfs.client.fuse_kernel import FuseKernel, drop_attributes
 from emberfs.client.fuse_metrics import FuseMetrics
 from emberfs.client.fuse_requests import Requests, handler
 from emberfs.client.handles import (
@@ -27,6 +34,7 @@ from emberfs.client.handles import (
     KnownInodes,
     version,
 )
+from emberfs.client.kernelcache import KernelCache, Timeouts
 from emberfs.client.metadata import Metadata
 from emberfs.client.openfile import OpenFile, OpenFiles
 from emberfs.proto.errors import Code, EmberfsError
@@ -43,6 +51,7 @@ class CachePolicy(NamedTuple):
 
     attr_timeout_s: float = 1.0
     entry_timeout_s: float = 1.0
+    announced_timeout_s: float = 60.0  # both, while every change is announced
     writeback: bool = False  # the kernel gathers small writes; other clients see them later
     request_timeout_ns: int = 60 * SECOND
 
@@ -70,6 +79,12 @@ class EmberOperations(pyfuse3.Operations):
         self._policy = policy
         self._callers = Callers(env)
         self._known = KnownInodes()
+        self.kernel = FuseKernel(env, self._known)
+        self.cache = KernelCache(
+            self.kernel,
+            Timeouts(policy.attr_timeout_s, policy.announced_timeout_s),
+            Timeouts(policy.entry_timeout_s, policy.announced_timeout_s),
+        )
         self._open: HandleTable[FileHandle] = HandleTable()
         self._listing: HandleTable[DirectoryHandle] = HandleTable()
 
@@ -77,9 +92,15 @@ class EmberOperations(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """Find a name."""
-        caller = self._callers.of(ctx)
-        return self._entry(await self._metadata.lookup(caller, InodeId(parent), name))
+        """Find a name. That there is none is cached only while changes are announced."""
+        caller, mark = self._callers.of(ctx), self.cache.mark()
+        try:
+            found = await self._metadata.lookup(caller, InodeId(parent), name)
+        except EmberfsError as problem:
+            if problem.code != Code.NOT_FOUND:
+                raise
+            return self._missing(parent, name, mark)
+        return self._entry(found, parent, name, mark)
 
     async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
         """Let go of inodes; never waits, never fails."""
@@ -89,7 +110,8 @@ class EmberOperations(pyfuse3.Operations):
     @handler
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Attributes, with the length of our own writes that meta has not heard of yet."""
-        return self._attributes(await self._inode(inode))
+        mark = self.cache.mark()
+        return self._attributes(await self._inode(inode), mark)
 
     @handler
     async def setattr(
@@ -101,9 +123,9 @@ class EmberOperations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         """chmod, chown, truncate, ftruncate, utimens."""
-        wanted = changes(attr, fields)
+        wanted, mark = changes(attr, fields), self.cache.mark()
         if not wanted:
-            return self._attributes(await self._inode(inode))
+            return self._attributes(await self._inode(inode), mark)
         if "length" in wanted or "mtime_ns" in wanted:
             self._known.of(inode).cached = None
         caller = self._callers.of(ctx)
@@ -112,7 +134,7 @@ class EmberOperations(pyfuse3.Operations):
             found = await self._files.setattr(caller, InodeId(inode), session=session, **wanted)
         else:
             found = await self._files.setattr(caller, InodeId(inode), **wanted)
-        return self._attributes(found)
+        return self._attributes(found, mark)
 
     @handler
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -129,17 +151,19 @@ class EmberOperations(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         """Make a fifo, socket, device or empty file."""
-        caller = self._callers.of(ctx)
-        return self._entry(await self._metadata.mknod(caller, InodeId(parent), name, mode, rdev))
+        caller, mark = self._callers.of(ctx), self.cache.mark()
+        found = await self._metadata.mknod(caller, InodeId(parent), name, mode, rdev)
+        return self._entry(found, parent, name, mark)
 
     @handler
     async def mkdir(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext
     ) -> EntryAttributes:
         """Make a directory."""
-        caller = self._callers.of(ctx)
+        caller, mark = self._callers.of(ctx), self.cache.mark()
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        return self._entry(await self._metadata.mknod(caller, InodeId(parent), name, mode))
+        found = await self._metadata.mknod(caller, InodeId(parent), name, mode)
+        return self._entry(found, parent, name, mark)
 
     @handler
     async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
@@ -158,8 +182,9 @@ class EmberOperations(pyfuse3.Operations):
         self, parent: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         """Make a symbolic link."""
-        caller = self._callers.of(ctx)
-        return self._entry(await self._metadata.symlink(caller, InodeId(parent), name, target))
+        caller, mark = self._callers.of(ctx), self.cache.mark()
+        found = await self._metadata.symlink(caller, InodeId(parent), name, target)
+        return self._entry(found, parent, name, mark)
 
     @handler
     async def rename(
@@ -184,9 +209,9 @@ class EmberOperations(pyfuse3.Operations):
         self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         """Make a hard link."""
-        caller = self._callers.of(ctx)
+        caller, mark = self._callers.of(ctx), self.cache.mark()
         found = await self._metadata.link(caller, InodeId(inode), InodeId(new_parent), new_name)
-        return self._entry(found)
+        return self._entry(found, new_parent, new_name, mark)
 
     @handler
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -215,6 +240,7 @@ class EmberOperations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Create and open in one go; without O_EXCL an existing file is opened."""
         read, write = self._access_mode(flags)
+        mark = self.cache.mark()
         found, file = await self._files.create(
             self._callers.of(ctx),
             InodeId(parent),
@@ -226,7 +252,7 @@ class EmberOperations(pyfuse3.Operations):
             truncate=bool(flags & os.O_TRUNC),
             direct=bool(flags & os.O_DIRECT),
         )
-        entry = self._entry(found)
+        entry = self._entry(found, parent, name, mark)
         return self._handle(found, file, flags, ctx.uid), entry
 
     @handler
@@ -293,7 +319,7 @@ class EmberOperations(pyfuse3.Operations):
                     return
                 cookie = number
         while rows := handle.rest(cookie) or await self._fetch(handle, cookie):
-            if self._emit(token, rows) or cookie != start_id:
+            if self._emit(token, handle, rows) or cookie != start_id:
                 return
             cookie = rows[-1][0]  # all of them have vanished, and an empty reply means the end
 
@@ -362,15 +388,24 @@ class EmberOperations(pyfuse3.Operations):
                 raise
             return msgspec.structs.replace(directory, nlink=0)
 
-    def _attributes(self, inode: Inode) -> EntryAttributes:
+    def _attributes(self, inode: Inode, mark: int) -> EntryAttributes:
         self._known.tell(inode)
-        return attributes(inode, self._policy.attr_timeout_s, self._policy.entry_timeout_s)
+        return attributes(inode, self.cache.attribute_timeout_s(inode.id, mark), 0)
 
-    def _entry(self, found: Inode) -> EntryAttributes:
+    def _entry(self, found: Inode, parent: int, name: bytes, mark: int) -> EntryAttributes:
         """Attributes for an answer that counts as a lookup."""
         inode = self._files.merged(found)
         self._known.tell(inode).lookups += 1
-        return attributes(inode, self._policy.attr_timeout_s, self._policy.entry_timeout_s)
+        cache = self.cache
+        name_s = cache.name_timeout_s(parent, name, mark)
+        return attributes(inode, cache.attribute_timeout_s(inode.id, mark), name_s)
+
+    def _missing(self, parent: int, name: bytes, mark: int) -> EntryAttributes:
+        """The answer that there is no such name; without announcements it is not cached."""
+        timeout_s = self.cache.name_timeout_s(parent, name, mark)
+        if timeout_s <= self._policy.entry_timeout_s:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return missing_entry(timeout_s)
 
     def _access_mode(self, flags: int) -> tuple[bool, bool]:
         mode = flags & os.O_ACCMODE
@@ -395,7 +430,7 @@ class EmberOperations(pyfuse3.Operations):
         if known.sent != current:
             # The kernel's idea of the length may be a second old: too old for close-to-open.
             known.sent = current
-            _drop_attributes(found.id)
+            drop_attributes(found.id)
         # An append lands where the file ends then, which the page cache cannot foresee.
         bypass = bool(flags & os.O_DIRECT) or handle.append
         handle.mappable = file.readable and file.writable and not bypass
@@ -412,15 +447,21 @@ class EmberOperations(pyfuse3.Operations):
         directory = self._known.of(handle.inode).directory
         return directory.parent if directory is not None else pyfuse3.ROOT_INODE
 
-    def _emit(self, token: pyfuse3.ReaddirToken, rows: list[tuple[int, ReaddirRow]]) -> bool:
+    def _emit(
+        self,
+        token: pyfuse3.ReaddirToken,
+        handle: DirectoryHandle,
+        rows: list[tuple[int, ReaddirRow]],
+    ) -> bool:
         """Put rows into the reply until it is full; False if there was nothing to put."""
-        policy = self._policy
+        cache, mark = self.cache, handle.mark
         some = False
         for number, row in rows:
             if row.inode is None:  # it vanished between the scan and its attributes
                 continue
             found = self._files.merged(row.inode)
-            entry = attributes(found, policy.attr_timeout_s, policy.entry_timeout_s)
+            name_s = cache.name_timeout_s(handle.inode, row.name, mark, listed=True)
+            entry = attributes(found, cache.attribute_timeout_s(found.id, mark), name_s)
             some = True
             if not pyfuse3.readdir_reply(token, row.name, entry, number):
                 break
@@ -432,6 +473,7 @@ class EmberOperations(pyfuse3.Operations):
         if handle.ended(cookie):
             return []
         after, skip = handle.position(cookie)
+        handle.mark = self.cache.mark()
         try:
             answer = await self._metadata.readdir(
                 handle.caller, handle.inode, after, PAGE_ROWS + skip
@@ -460,12 +502,3 @@ def _check_xattr_name(name: bytes) -> None:
         raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
     if len(name) > XATTR_NAME_BYTES_MAX:
         raise pyfuse3.FUSEError(errno.ERANGE)
-
-
-def _drop_attributes(inode: int) -> None:
-    """Let the kernel ask anew. Takes no lock, so it may be called from a handler."""
-    try:
-        pyfuse3.invalidate_inode(inode, attr_only=True)
-    except OSError as problem:
-        if problem.errno != errno.ENOENT:  # not in the kernel's cache: nothing to drop
-            raise

@@ -2,7 +2,7 @@
 
 import errno
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Generic, TypeVar
 
 import pyfuse3
@@ -55,6 +55,10 @@ class KnownInodes:
     def __len__(self) -> int:
         """How many inodes the kernel holds."""
         return len(self._inodes)
+
+    def held(self) -> Collection[int]:
+        """The inodes that the kernel may hold."""
+        return self._inodes.keys()
 
     def of(self, inode: int) -> KnownInode:
         """What is remembered of an inode. Unknown ones (the root) are added."""
@@ -164,6 +168,7 @@ class DirectoryHandle:
     def __init__(self, inode: InodeId, caller: Caller) -> None:
         self.inode = inode
         self.caller = caller
+        self.mark = 0  # of the page at hand; see kernelcache.py
         self.rewind()
 
     def rewind(self) -> None:

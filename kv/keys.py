@@ -8,6 +8,8 @@ import struct
 from enum import Enum
 from typing import NamedTuple
 
+from emberfs.proto.ids import InodeId
+
 KEY_BYTES_MAX = 2048
 
 
@@ -69,6 +71,16 @@ def span_of(prefix: bytes) -> Span:
 def inode_key(inode: int) -> bytes:
     """Little-endian: neighbouring ids scatter over the shards of a distributed store."""
     return _INODE_PREFIX + _INODE.pack(inode)
+
+
+def unpack_inode_key(key: bytes) -> InodeId:
+    """Return the inode of its record's key."""
+    return InodeId(_INODE.unpack(key[1:])[0])
+
+
+def unpack_inode_prefix(key: bytes) -> InodeId:
+    """Return the inode that an entry's (its directory) or attribute's key begins with."""
+    return InodeId(_U64.unpack(key[1:9])[0])
 
 
 def entry_key(parent: int, name: bytes) -> bytes:

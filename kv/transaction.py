@@ -15,7 +15,7 @@ A plain commit survives the death of the process. `durable` waits for stable sto
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from emberfs.kv.history import Commit, History, ReadSet, WriteSet
@@ -76,6 +76,7 @@ class Transaction:
         "_viewing",
         "_write_ranges",
         "_writes",
+        "origin",
     )
 
     def __init__(self, engine: "Engine", *, read_only: bool = False) -> None:
@@ -95,6 +96,7 @@ class Transaction:
         self._read_ranges: list[Range] = []
         self._write_ranges: list[Range] = []
         self._stamps: dict[bytes, bytes] = {}
+        self.origin = 0  # the client on whose behalf it writes, where that is known
 
     # ------------------------------------------------------------ reading
 
@@ -241,6 +243,11 @@ class Transaction:
         """Make transactions that read [start, stop) fail as if it was written here."""
         self._refuse_read_only()
         self._write_ranges.append((start, stop))
+
+    @property
+    def written_keys(self) -> Collection[bytes]:
+        """Keys that are set or cleared one by one; also after the commit."""
+        return self._writes.keys()
 
     @property
     def changes_something(self) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 
 from emberfs.kv.transactions import Engine
+from emberfs.meta.announce import Announcer
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds
@@ -53,6 +54,7 @@ class Context:
         self.clients = Clients(routing, is_fresh)
         self.trims = Trims(env, engine, self.tenure, chunks_of or (lambda owner: chunks))
         self.collector = Collector(env, engine, chunks, self.trims, self.tenure)
+        self.announcer = Announcer(env)  # that of the engine's commits, set by who opened it
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions
         self._tasks = TaskSet()
         self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())

@@ -40,6 +40,7 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(meta_calls.SET_XATTR, xattr.set_xattr),
     Binding(meta_calls.STATFS, space.statfs),
     Binding(meta_calls.STABLE, space.stable),
+    Binding(meta_calls.LISTEN, space.listen),
     Binding(meta_calls.SCAN_RECORDS, records.scan),
     Binding(meta_calls.FETCH_RECORDS, records.fetch),
     Binding(meta_calls.CENSUS, records.census),

@@ -25,7 +25,7 @@ from emberfs.meta import schema
 from emberfs.meta.forgetting import Forgetting
 from emberfs.meta.tenure import Tenure
 from emberfs.proto.errors import Code, EmberfsError, Reaction, code_of
-from emberfs.proto.meta_calls import RequestId
+from emberfs.proto.meta_calls import SETTLE, RequestId
 from emberfs.proto.method import Method
 from emberfs.runtime.env import Env
 
@@ -34,6 +34,8 @@ log = logging.getLogger("emberfs.meta.replies")
 A = TypeVar("A", bound=msgspec.Struct)
 T = TypeVar("T")
 
+# Methods whose answer does not reach the kernel of the client: it hears of them as the others do.
+_TOLD_NOBODY = frozenset({SETTLE.number})
 FRUITLESS_MAX = 65_536  # answers of calls without effect; the oldest go first
 DOUBTS_MAX = 4  # tries of a transaction whose outcome the store does not tell
 
@@ -66,6 +68,8 @@ class Replies:
             value = await self._look(txn, request)
             if value is not None:
                 return _recall(method, request, value), True
+            if method.number not in _TOLD_NOBODY:
+                txn.origin = request.client
             answer = await work(txn)
             if key in self._fruitless:  # its caller has this answer and has gone on
                 raise _OvertakenError

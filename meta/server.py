@@ -15,6 +15,7 @@ from emberfs.kv.store import OrderedStore
 from emberfs.kv.transaction import Engine as LocalEngine
 from emberfs.kv.transactions import Engine
 from emberfs.kv.url import open_engine, parse_store
+from emberfs.meta.announce import Announced, Announcer
 from emberfs.meta.chunkguard import ChunkGuard
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
@@ -111,7 +112,8 @@ class MetaService:
         """Open the store, join the cluster, serve. EmberfsError or OSError when it cannot."""
         config, env = self._config, self._env
         timeout_ns = int(config.start_timeout_s * SECOND)
-        self._engine = engine = await self._open_engine(timeout_ns)
+        announcer = Announcer(env)
+        self._engine = engine = Announced(await self._open_engine(timeout_ns), announcer)
         CONFLICTS.set_function(lambda: engine.conflicts)
         made = await open_file_system(
             engine, config.cluster, uid=os.getuid(), gid=os.getgid(), now_ns=env.wall_ns()
@@ -126,7 +128,7 @@ class MetaService:
             timeout_ns=timeout_ns,
             wiring=self._wiring,
         )
-        await self._serve(engine, self._cluster, timeout_ns)
+        await self._serve(engine, announcer, self._cluster, timeout_ns)
 
     async def _open_engine(self, timeout_ns: int) -> Engine:
         config, env = self._config, self._env
@@ -143,7 +145,9 @@ class MetaService:
         store = self._config.store
         return self._share_engine is not None or bool(store and parse_store(store).is_shared)
 
-    async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
+    async def _serve(
+        self, engine: Engine, announcer: Announcer, cluster: Cluster, timeout_ns: int
+    ) -> None:
         config, env = self._config, self._env
         policy = Policy(config.chunk_bytes, config.stripe)
         self._refuse_beside_others(cluster)
@@ -159,6 +163,7 @@ class MetaService:
             tenure,
             guard.of,
         )
+        context.announcer = announcer
         self._context = context
         await context.load()
         cluster.routing.subscribe(lambda snapshot: context.clients.look())

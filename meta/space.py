@@ -4,7 +4,14 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction, unpack_counter
 from emberfs.meta.context import Context
 from emberfs.proto.cluster import Chain, RoutingSnapshot
-from emberfs.proto.meta_calls import Nothing, StableRequest, StatfsAnswer, StatfsRequest
+from emberfs.proto.meta_calls import (
+    ListenAnswer,
+    ListenRequest,
+    Nothing,
+    StableRequest,
+    StatfsAnswer,
+    StatfsRequest,
+)
 
 
 async def statfs(context: Context, request: StatfsRequest) -> StatfsAnswer:
@@ -39,6 +46,11 @@ def chain_space(snapshot: RoutingSnapshot, chain: Chain) -> tuple[int, int]:
     total = min(report.capacity_bytes for report in reports)
     free = min(max(0, report.capacity_bytes - report.used_bytes) for report in reports)
     return total, min(total, free)
+
+
+async def listen(context: Context, request: ListenRequest) -> ListenAnswer:
+    """Wait for changes of names and attributes; see announce.py."""
+    return await context.announcer.listen(request)
 
 
 async def stable(context: Context, request: StableRequest) -> Nothing:

@@ -272,6 +272,38 @@ class StableRequest(msgspec.Struct, frozen=True, gc=False):
     """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""
 
 
+# ---------------------------------------------------------------- caches of clients
+
+
+class Change(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Attributes of an inode have changed; with a name, what it leads to in that directory."""
+
+    inode: InodeId
+    name: bytes = b""
+
+
+class ListenRequest(msgspec.Struct, frozen=True, gc=False):
+    """Wait for changes of names and attributes that this server has made since `after`.
+
+    Answered at once if there are any, else after `hold_ns`, empty. Changes by `client` itself are
+    left out where its own call tells as much.
+    """
+
+    client: U64
+    life: U64 = 0  # of the server, as it said in its last answer; 0: nothing was heard yet
+    after: U64 = 0
+    hold_ns: U63 = 0
+
+
+class ListenAnswer(msgspec.Struct, frozen=True, gc=False):
+    """Changes up to number `last`; `missed`: others came before, nobody knows them any more."""
+
+    life: int
+    last: int
+    missed: bool
+    changes: tuple[Change, ...]
+
+
 # ---------------------------------------------------------------- for fsck
 
 
@@ -376,3 +408,4 @@ SCAN_RECORDS = Method(49, "scan_records", ScanRecordsRequest, ScanRecordsAnswer)
 FETCH_RECORDS = Method(50, "fetch_records", FetchRecordsRequest, FetchRecordsAnswer)
 CENSUS = Method(51, "census", CensusRequest, CensusAnswer)
 MEND = Method(52, "mend", MendRequest, Nothing)
+LISTEN = Method(60, "listen", ListenRequest, ListenAnswer)
