@@ -24,6 +24,11 @@ class Prefix(bytes, Enum):
     TRIM = b"T"  # + inode: shrunk, chunks beyond the end are still to be cut
     REPLY = b"R"  # + client + sequence: the remembered reply of a mutating call
     REPLY_AGE = b"r"  # + time + client + sequence: the same in order of age
+    QUOTA = b"Q"  # + inode of a directory: the limits of everything below it
+    USAGE = b"q"  # + inode of a directory + kind: int64, what counts for its quota
+    WALK = b"Y"  # + quota + directory: its names are still to be counted anew
+    REMOVED = b"W"  # + time + inode: a directory without a name, to be emptied and deleted
+    TRASH = b"Z"  # + time + inode: where something in the trash came from
     MGMTD = b"M"  # everything of the management service; it divides its space itself
 
 
@@ -52,6 +57,7 @@ FILE_SYSTEM_KEY = _P[Prefix.FILE_SYSTEM]
 INODE_BLOCK_KEY = _P[Prefix.COUNTER] + b"inode-block"  # next block of ids to hand out
 SEARCHED_BLOCK_KEY = _P[Prefix.COUNTER] + b"searched-block"  # up to it: no lost inode has chunks
 INODE_COUNT_KEY = _P[Prefix.COUNTER] + b"inodes"
+REMOVED_COUNT_KEY = _P[Prefix.COUNTER] + b"removed-directories"
 
 
 def span_of(prefix: bytes) -> Span:
@@ -151,3 +157,52 @@ def unpack_reply_age_key(key: bytes) -> tuple[int, int, int]:
     """Return (time_ns, client, sequence)."""
     time_ns, client, sequence = _THREE.unpack(key[1:])
     return time_ns, client, sequence
+
+
+def quota_key(directory: int) -> bytes:
+    """Key of a quota."""
+    return _P[Prefix.QUOTA] + _U64.pack(directory)
+
+
+def usage_key(directory: int, kind: bytes) -> bytes:
+    """Key of a counter of a quota: b"b" bytes, b"f" files, b"w" names looked at by its walk."""
+    return _P[Prefix.USAGE] + _U64.pack(directory) + kind
+
+
+def usage_span(directory: int) -> Span:
+    """All counters of a quota."""
+    start = _P[Prefix.USAGE]
+    return Span(start + _U64.pack(directory), start + _U64.pack(directory + 1))
+
+
+def walk_key(quota: int, directory: int) -> bytes:
+    """Key of a directory that a change of a quota has not been through."""
+    return _P[Prefix.WALK] + _TWO.pack(quota, directory)
+
+
+def walk_span(quota: int) -> Span:
+    """All directories that a change of a quota has not been through."""
+    start = _P[Prefix.WALK]
+    return Span(start + _U64.pack(quota), start + _U64.pack(quota + 1))
+
+
+def unpack_walk_key(key: bytes) -> tuple[int, int]:
+    """Return (quota, directory)."""
+    quota, directory = _TWO.unpack(key[1:])
+    return quota, directory
+
+
+def removed_key(time_ns: int, inode: int) -> bytes:
+    """Key of a removed directory, oldest first."""
+    return _P[Prefix.REMOVED] + _TWO.pack(time_ns, inode)
+
+
+def trash_key(time_ns: int, inode: int) -> bytes:
+    """Key of something in the trash, oldest first."""
+    return _P[Prefix.TRASH] + _TWO.pack(time_ns, inode)
+
+
+def unpack_time_suffix(key: bytes) -> int:
+    """Return the time of a key that ends with time and inode."""
+    time_ns: int = _U64.unpack(key[-16:-8])[0]
+    return time_ns

@@ -8,6 +8,7 @@ from emberfs.kv.transaction import Engine
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds
+from emberfs.meta.quota_walk import QuotaWalks
 from emberfs.meta.replies import Replies
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.proto.cluster import RoutingSnapshot
@@ -49,6 +50,7 @@ class Context:
         self.trims = Trims(env, engine, chunks)
         self.collector = Collector(env, engine, chunks, self.trims)
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions
+        self.quota_walks = QuotaWalks(env, engine)
         self._tasks = TaskSet()
         self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())
 
@@ -61,11 +63,13 @@ class Context:
         """Begin the work in the background."""
         self.trims.start()
         self.collector.start()
+        self.quota_walks.start()
         self._tasks.spawn(self.replies.live(), name="meta replies")
 
     async def close(self) -> None:
         """End the work in the background; what is unfinished stays recorded."""
         await self._tasks.close()
+        await self.quota_walks.close()
         await self.collector.close()
         await self.trims.close()
 

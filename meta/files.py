@@ -18,6 +18,7 @@ from emberfs.meta.attributes import after_write, is_privileged, with_attributes
 from emberfs.meta.context import Context
 from emberfs.meta.namespace import add_name, check_new_name, new_inode
 from emberfs.meta.permission import EXECUTE, READ, WRITE, require
+from emberfs.meta.quota import charge_growth, grant_bytes
 from emberfs.meta.tree import (
     destroy,
     find_entry,
@@ -74,7 +75,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
             request.caller,
             request.write,
         )
-        return InodeAnswer(inode)
+        return InodeAnswer(inode, await grant_bytes(txn, inode) if request.write else None)
 
     answer = await _run_open(context, CREATE, request, work)
     return await _opened(context, request, answer, is_new=answer.inode.id == taken)
@@ -149,7 +150,7 @@ async def _opened(
     inode = answer.inode.id
     await _finish_trim(context, inode, recorded=request.truncate)
     if request.write and not is_new and await adopt(context, inode):
-        return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)))
+        return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)), answer.room)
     return answer
 
 
@@ -208,7 +209,7 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
             request.caller,
             request.write,
         )
-        return InodeAnswer(inode)
+        return InodeAnswer(inode, await grant_bytes(txn, inode) if request.write else None)
 
     answer = await _run_open(context, OPEN, request, work)
     return await _opened(context, request, answer, is_new=False)
@@ -241,6 +242,7 @@ async def _set_length(
     is known here, and tells its length later.
     """
     check_length(inode, length)
+    await charge_growth(txn, inode, length)
     version, others = inode.truncate_version, await _is_written(txn, context, inode.id, session)
     if length < inode.length or others:
         await cut_behind(txn, inode, length)
@@ -321,7 +323,7 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
                 return InodeAnswer(changed)
         if changed is not inode:
             store_inode(txn, changed)
-        return InodeAnswer(changed)
+        return InodeAnswer(changed, await grant_bytes(txn, changed))
 
     answer = await context.replies.run(SETTLE, request.request, work, durable=request.durable)
     if answer.inode.nlink == 0:
@@ -337,6 +339,7 @@ async def _settled(
         check_length(inode, request.length)
         if request.truncate_version == inode.truncate_version:
             grown = max(inode.length, request.length)
+            await charge_growth(txn, inode, grown, forced=True)  # it is written
     changed = inode
     if grown != inode.length or request.mtime_ns is not None:
         privileged = True

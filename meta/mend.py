@@ -13,6 +13,7 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction, unpack_counter
 from emberfs.meta import schema
 from emberfs.meta.context import Context
+from emberfs.meta.quota import recounted
 from emberfs.meta.records import count_inodes
 from emberfs.meta.tree import (
     add_inode,
@@ -118,6 +119,7 @@ async def _attach(txn: Transaction, context: Context, wanted: Mend, spare: Inode
     parent = place.id if inode.is_directory() else inode.parent
     nlink = inode.nlink if inode.is_directory() else 1
     found = replace(inode, parent=parent, nlink=nlink, ctime_ns=now_ns)
+    found = await recounted(txn, found, place)
     store_inode(txn, found)
     store_entry(txn, place.id, name, found)
     touch_directory(txn, place, now_ns, links=int(inode.is_directory()))
@@ -144,6 +146,7 @@ async def _lost_and_found(txn: Transaction, spare: InodeId, now_ns: int) -> Inod
         mtime_ns=now_ns,
         ctime_ns=now_ns,
         parent=ROOT_INODE,
+        quota=root.quota,
     )
     await add_inode(txn, made)
     store_entry(txn, ROOT_INODE, LOST_AND_FOUND, made)

@@ -13,4 +13,6 @@ CONFLICTS = Gauge("emberfs_meta_transaction_conflicts", "Transactions that had t
 TRIMS_PENDING = Gauge("emberfs_meta_trims_pending", "Shrunk files whose chunks are not cut yet")
 DELETED_WAITING = Gauge("emberfs_meta_deleted_waiting", "Deleted files that failed to be collected")
 DELETED = Counter("emberfs_meta_deleted_total", "Deleted files whose chunks were removed")
+QUOTA_WALKS = Gauge("emberfs_meta_quota_walks", "1 while what counts for a quota is counted anew")
+QUOTA_REFUSED = Counter("emberfs_meta_quota_refused_total", "Changes that a quota refused")
 SESSIONS_ENDED = Counter("emberfs_meta_sessions_ended_total", "Sessions of vanished clients ended")

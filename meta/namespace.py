@@ -18,6 +18,7 @@ from emberfs.meta.permission import (
     require,
     require_removable,
 )
+from emberfs.meta.quota import check_link
 from emberfs.meta.tree import (
     add_inode,
     destroy,
@@ -96,6 +97,7 @@ def new_inode(
         rdev=rdev,
         layout=context.new_layout(inode) if stat.S_ISREG(mode) else None,
         parent=parent.id if directory else InodeId(0),
+        quota=parent.quota,
     )
 
 
@@ -178,6 +180,7 @@ async def link(context: Context, request: LinkRequest) -> InodeAnswer:
             raise EmberfsError(Code.NOT_FOUND, f"inode {inode.id} was removed")
         if inode.nlink >= LINK_COUNT_MAX:
             raise EmberfsError(Code.TOO_MANY_LINKS, f"inode {inode.id} has {inode.nlink} names")
+        check_link(inode, directory)
         linked = replace(inode, nlink=inode.nlink + 1, ctime_ns=now_ns)
         store_inode(txn, linked)
         store_entry(txn, directory.id, request.name, linked)

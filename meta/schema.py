@@ -8,11 +8,16 @@
 | XATTR | raw bytes | its inode exists |
 | DELETED | Deleted | no inode of that id exists; its chunks may |
 | TRIM | Trim | its inode exists; chunks at or beyond `length` may still be there |
+| QUOTA | Quota | USAGE holds the sums over all inodes that count for it or for a quota inside it |
+| WALK | Walk | its quota is not active |
+| REMOVED | Removed | its inode is a directory with `parent` 0, and no name leads to it |
+| TRASH | Trashed | the inode has one name, that of the key, in the directory of the trash |
 | REPLY, REPLY_AGE | Reply, nothing | both or neither |
 
 Values are msgpack, maps for what may grow fields and arrays for small hot records.
 """  # noqa: E501
 
+from enum import IntEnum
 from typing import Generic, TypeVar
 
 import msgspec
@@ -70,6 +75,45 @@ class Reply(msgspec.Struct, frozen=True, gc=False, array_like=True):
     body: bytes
 
 
+class QuotaState(IntEnum):
+    """What a quota is worth."""
+
+    ACTIVE = 0  # its counters are exact
+    COUNTING = 1  # what was in the directory when it was set is being counted
+    REMOVING = 2  # limits nothing any more; what counts for it is handed to the one above
+
+
+class Quota(msgspec.Struct, frozen=True, gc=False):
+    """Limits of everything below a directory, itself included; 0 means none."""
+
+    above: InodeId  # the quota that encloses it, 0 if none does
+    bytes_max: int = 0
+    files_max: int = 0
+    state: QuotaState = QuotaState.ACTIVE
+
+
+class Walk(msgspec.Struct, frozen=True, gc=False):
+    """How far a directory has been gone through."""
+
+    after: bytes = b""
+
+
+class Removed(msgspec.Struct, frozen=True, gc=False):
+    """A directory that was taken out of the name space with everything below it."""
+
+    uid: int  # on whose behalf
+
+
+class Trashed(msgspec.Struct, frozen=True, gc=False):
+    """Something in the trash."""
+
+    uid: int  # who put it there
+    parent: InodeId  # where it was
+    name: bytes
+    path: bytes  # the same, as it was called then
+    mode: int  # file type bits
+
+
 class Codec(Generic[R]):
     """Encodes one kind of record."""
 
@@ -99,3 +143,7 @@ SESSION = Codec(Session)
 DELETED = Codec(Deleted)
 TRIM = Codec(Trim)
 REPLY = Codec(Reply)
+QUOTA = Codec(Quota)
+WALK = Codec(Walk)
+REMOVED = Codec(Removed)
+TRASHED = Codec(Trashed)

@@ -4,7 +4,7 @@ from msgspec.structs import replace
 
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
-from emberfs.meta import schema
+from emberfs.meta import quota, schema
 from emberfs.meta.permission import require
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
@@ -86,8 +86,9 @@ async def has_sessions(txn: Transaction, inode: InodeId) -> bool:
 
 
 async def add_inode(txn: Transaction, inode: Inode) -> None:
-    """Store a new inode."""
+    """Store a new inode. QUOTA if there is one and it is used up."""
     assert await txn.get(keys.inode_key(inode.id)) is None, "an inode id was given twice"
+    await quota.charge(txn, inode.quota, quota.amount_of(inode))
     txn.add(keys.INODE_COUNT_KEY, 1)
     store_inode(txn, inode)
 
@@ -106,6 +107,9 @@ async def destroy(txn: Transaction, inode: Inode, now_ns: int) -> None:
     """Remove an inode; a file's chunks are left to the collector."""
     txn.clear(keys.inode_key(inode.id))
     txn.add(keys.INODE_COUNT_KEY, -1)
+    if inode.quota:
+        await quota.charge(txn, inode.quota, quota.amount_of(inode).negative(), forced=True)
+        await quota.directory_gone(txn, inode)
     start, stop = keys.xattr_span(inode.id)
     for key, _ in await txn.get_range(start, stop):
         txn.clear(key)

@@ -29,10 +29,15 @@ class RequestId(msgspec.Struct, frozen=True, gc=False, array_like=True):
     sequence: U64
 
 
-class InodeAnswer(msgspec.Struct, frozen=True, gc=False):
-    """An inode as it is now."""
+class InodeAnswer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """An inode as it is now.
+
+    `room`, of an open file: by how many bytes it may grow before the caller settles again; None: it
+    is under no quota.
+    """
 
     inode: Inode
+    room: int | None = None
 
 
 class Nothing(msgspec.Struct, frozen=True, gc=False):
@@ -248,15 +253,18 @@ class SetXattrRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class StatfsRequest(msgspec.Struct, frozen=True, gc=False):
-    """Ask for space and inodes."""
+    """Ask for space and inodes: of what `inode` counts for, 0: of the whole file system."""
+
+    inode: BoundedInode = InodeId(0)
 
 
 class StatfsAnswer(msgspec.Struct, frozen=True, gc=False):
-    """Capacity after replication, as an application can use it."""
+    """Capacity after replication, as an application can use it; of a quota, what is left of it."""
 
     total_bytes: int
     free_bytes: int
     inodes: int
+    inodes_max: int = 0  # 0: no limit
 
 
 class StableRequest(msgspec.Struct, frozen=True, gc=False):
