@@ -11,6 +11,7 @@ import msgspec
 from emberfs.client import metrics
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.client.patience import Patience
+from emberfs.client.quotaroom import QuotaRooms
 from emberfs.proto import meta_calls as calls
 from emberfs.proto.cluster import NodeKind, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError, Reaction
@@ -50,6 +51,7 @@ class Metadata:
         self._client_id = client_id
         self._attempt_ns = attempt_ns
         self._sequence = 0
+        self.rooms = QuotaRooms()
         self._preferred = NodeId(0)  # the server that answered last
 
     def close(self) -> None:
@@ -207,9 +209,9 @@ class Metadata:
         )
         await self._call(calls.SET_XATTR, request)
 
-    async def statfs(self) -> StatfsAnswer:
-        """Space and inodes of the whole file system, after replication."""
-        return await self._call(calls.STATFS, calls.StatfsRequest())
+    async def statfs(self, inode: InodeId = InodeId(0)) -> StatfsAnswer:  # noqa: B008
+        """Space and inodes of the whole file system after replication, or of an inode's quota."""
+        return await self._call(calls.STATFS, calls.StatfsRequest(inode))
 
     # ------------------------------------------------------------ open files
 
@@ -237,7 +239,7 @@ class Metadata:
             exclusive=exclusive,
             truncate=truncate,
         )
-        return (await self._call(calls.CREATE, request)).inode
+        return self._opened(await self._call(calls.CREATE, request), write=write)
 
     async def open(
         self,
@@ -259,7 +261,7 @@ class Metadata:
             write=write,
             truncate=truncate,
         )
-        return (await self._call(calls.OPEN, request)).inode
+        return self._opened(await self._call(calls.OPEN, request), write=write)
 
     async def settle(
         self,
@@ -273,6 +275,7 @@ class Metadata:
         close: bool = False,
         durable: bool = False,
         torn: bool = False,
+        want: int = 0,
     ) -> Inode:
         """Report length and times of an open file; see SettleRequest."""
         request = calls.SettleRequest(
@@ -286,8 +289,14 @@ class Metadata:
             close=close,
             durable=durable,
             torn=torn,
+            want=want,
         )
-        return (await self._call(calls.SETTLE, request)).inode
+        return self._opened(await self._call(calls.SETTLE, request), write=not close)
+
+    def _opened(self, answer: calls.InodeAnswer, *, write: bool) -> Inode:
+        if write:
+            self.rooms.note(answer, self._env.now_ns())
+        return answer.inode
 
     async def stable(self) -> None:
         """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""
@@ -317,6 +326,14 @@ class Metadata:
         await self._call(calls.MEND, request)
 
     # ------------------------------------------------------------ one call
+
+    async def perform(self, method: Method[Request, Answer], request: Request) -> Answer:
+        """Any other call of the metadata service, with the same patience."""
+        return await self._call(method, request)
+
+    def next_request(self) -> RequestId:
+        """Name one mutating call."""
+        return self._request_id()
 
     def _request_id(self) -> RequestId:
         self._sequence += 1

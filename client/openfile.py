@@ -266,6 +266,7 @@ class OpenFiles:
         if not state.references and self._states.get(state.id) is state:
             del self._states[state.id]
             self._fence.forget(state.id)
+            self.metadata.rooms.forget(state.id)
 
     def _on_routing(self, snapshot: RoutingSnapshot) -> None:
         if self._fence.note_routing(snapshot) and self._states:

@@ -14,6 +14,7 @@ from emberfs.meta import (
     rename,
     resolve,
     space,
+    tree_calls,
     xattr,
 )
 from emberfs.meta import quota_calls as quotas
@@ -60,6 +61,11 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(quota_calls.SHOW_QUOTA, quotas.show_quota),
     Binding(quota_calls.LIST_QUOTAS, quotas.list_quotas),
     Binding(quota_calls.QUOTA_CENSUS, quota_census.census),
+    Binding(quota_calls.REMOVE_TREE, tree_calls.remove_tree),
+    Binding(quota_calls.TRASH, tree_calls.trash),
+    Binding(quota_calls.LIST_TRASH, tree_calls.list_trash),
+    Binding(quota_calls.RESTORE, tree_calls.restore),
+    Binding(quota_calls.EMPTY_TRASH, tree_calls.empty_trash),
 )
 
 

@@ -323,7 +323,7 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
                 return InodeAnswer(changed)
         if changed is not inode:
             store_inode(txn, changed)
-        return InodeAnswer(changed, await grant_bytes(txn, changed))
+        return InodeAnswer(changed, await grant_bytes(txn, changed, request.want))
 
     answer = await context.replies.run(SETTLE, request.request, work, durable=request.durable)
     if answer.inode.nlink == 0:

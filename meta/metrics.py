@@ -15,4 +15,8 @@ DELETED_WAITING = Gauge("emberfs_meta_deleted_waiting", "Deleted files that fail
 DELETED = Counter("emberfs_meta_deleted_total", "Deleted files whose chunks were removed")
 QUOTA_WALKS = Gauge("emberfs_meta_quota_walks", "1 while what counts for a quota is counted anew")
 QUOTA_REFUSED = Counter("emberfs_meta_quota_refused_total", "Changes that a quota refused")
+REMOVED_WAITING = Gauge(
+    "emberfs_meta_removed_directories", "Removed directories that are not emptied yet"
+)
+REMOVED_NAMES = Counter("emberfs_meta_removed_names_total", "Names of removed trees taken away")
 SESSIONS_ENDED = Counter("emberfs_meta_sessions_ended_total", "Sessions of vanished clients ended")

@@ -192,7 +192,7 @@ async def link(context: Context, request: LinkRequest) -> InodeAnswer:
 
 async def remove(context: Context, request: RemoveRequest) -> Nothing:
     """Unlink, or rmdir with `directory`."""
-    _check_removable_name(request)
+    check_removable_name(request.name)
 
     async def work(txn: Transaction) -> Nothing:
         now_ns = context.env.wall_ns()
@@ -214,11 +214,12 @@ async def remove(context: Context, request: RemoveRequest) -> Nothing:
     return answer
 
 
-def _check_removable_name(request: RemoveRequest) -> None:
-    check_name(request.name)
-    if request.name == b"..":
+def check_removable_name(name: bytes) -> None:
+    """Refuse what cannot be removed: "." and "..", and what is no name."""
+    check_name(name)
+    if name == b"..":
         raise EmberfsError(Code.NOT_EMPTY, "a parent directory is never empty")
-    if request.name == b".":
+    if name == b".":
         raise EmberfsError(Code.INVALID, 'a directory cannot be removed by its name "."')
 
 

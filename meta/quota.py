@@ -174,15 +174,17 @@ async def room_bytes(txn: Transaction, quota: InodeId) -> int | None:
     return left
 
 
-async def grant_bytes(txn: Transaction, inode: Inode) -> int | None:
+async def grant_bytes(txn: Transaction, inode: Inode, want: int = 0) -> int | None:
     """Return by how much a writer may let a file grow before it asks again; None: no limit.
 
-    A share of what is left, so that a few writers together hardly pass the limit.
+    A share of what is left, so that a few writers together hardly pass the limit; more if the next
+    write alone wants more.
     """
     left = await room_bytes(txn, inode.quota) if inode.quota else None
     if left is None:
         return None
-    return min(left, max(left // GRANT_SHARE, GRANT_BYTES_MIN), GRANT_BYTES_MAX)
+    share = min(max(left // GRANT_SHARE, GRANT_BYTES_MIN), GRANT_BYTES_MAX)
+    return min(left, max(share, want))
 
 
 # ---------------------------------------------------------------- names that move

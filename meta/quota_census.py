@@ -4,7 +4,17 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.meta import schema
 from emberfs.meta.context import Context
-from emberfs.meta.quota import BYTES, FILES, Amount, amount_of, chain_of, usage_of
+from emberfs.meta.quota import (
+    BYTES,
+    FILES,
+    Amount,
+    amount_of,
+    begin_walk,
+    chain_of,
+    find_quota,
+    usage_of,
+)
+from emberfs.meta.schema import QuotaState
 from emberfs.proto.ids import InodeId
 from emberfs.proto.quota_calls import QuotaCensusAnswer, QuotaCensusRequest, QuotaDifference
 
@@ -59,7 +69,13 @@ async def _by_quota(context: Context, txn: Transaction) -> dict[InodeId, Amount]
 
 
 async def set_usage(txn: Transaction, context: Context, quota: InodeId) -> None:
-    """Correct the counters of a quota by the difference of one moment."""
+    """Correct the counters of a quota by the difference of one moment.
+
+    One that is being removed may have waited for just that.
+    """
+    record = await find_quota(txn, quota)
+    if record is not None and record.state == QuotaState.REMOVING:
+        begin_walk(txn, quota, quota)
     for wrong in await differences(context, txn):
         if wrong.directory == quota:
             for kind, more in (

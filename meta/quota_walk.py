@@ -78,43 +78,31 @@ class QuotaWalks:
 
     async def step(self) -> bool:
         """Go through one batch of names. False if nothing is left to do."""
-        key = await self._first()
-        QUOTA_WALKS.set(int(key is not None))
-        if key is None:
+        found = await self._first()
+        QUOTA_WALKS.set(int(found is not None))
+        if found is None:
             return False
-        numbers = keys.unpack_walk_key(key)
-        quota, directory = InodeId(numbers[0]), InodeId(numbers[1])
+        key, value = found
+        quota, directory = keys.unpack_walk_key(key)
+        if schema.WALK.decode(value).search:
+            await self._search(InodeId(quota), key)
+            return True
 
-        async def work(txn: Transaction) -> bool:
-            return await _batch(txn, key, quota, directory)
+        async def work(txn: Transaction) -> None:
+            await _batch(txn, key, InodeId(quota), InodeId(directory))
 
-        if await self._engine.run(work):
-            await self._end(quota)
+        await self._engine.run(work)
         return True
 
-    async def _first(self) -> bytes | None:
-        async def find(txn: Transaction) -> bytes | None:
+    async def _first(self) -> tuple[bytes, bytes] | None:
+        async def find(txn: Transaction) -> tuple[bytes, bytes] | None:
             span = keys.span_of(keys.Prefix.WALK.value)
             rows = await txn.get_range(*span, limit=1)
-            return rows[0][0] if rows else None
+            return rows[0] if rows else None
 
         return await self._engine.run(find, read_only=True)
 
-    async def _end(self, quota: InodeId) -> None:
-        """The last directory is done: the counters are exact."""
-
-        async def work(txn: Transaction) -> bool:
-            record = await find_quota(txn, quota)
-            if record is None or await txn.get_range(*keys.walk_span(quota), limit=1):
-                return False
-            if record.state == QuotaState.COUNTING:
-                store_quota(txn, quota, replace(record, state=QuotaState.ACTIVE))
-            return record.state == QuotaState.REMOVING and not await _drop_if_unused(txn, quota)
-
-        if quota and await self._engine.run(work):
-            await self._search(quota)
-
-    async def _search(self, quota: InodeId) -> None:
+    async def _search(self, quota: InodeId, key: bytes) -> None:
         """Look among all inodes for those that still count for a removed quota."""
         start, stop = keys.span_of(keys.Prefix.INODE.value)
 
@@ -131,7 +119,10 @@ class QuotaWalks:
             await self._env.sleep_ns(PAUSE_NS)
 
         async def drop(txn: Transaction) -> None:
-            record = await find_quota(txn, quota)
+            value, record = await txn.get(key), await find_quota(txn, quota)
+            if value is None or not schema.WALK.decode(value).search:
+                return  # the quota was set again meanwhile
+            txn.clear(key)
             if record is not None and record.state == QuotaState.REMOVING:
                 await _drop_if_unused(txn, quota)
 
@@ -162,16 +153,16 @@ class QuotaWalks:
                 continue
 
 
-async def _batch(txn: Transaction, key: bytes, quota: InodeId, directory: InodeId) -> bool:
-    """Go on in one directory; tell whether it is done."""
+async def _batch(txn: Transaction, key: bytes, quota: InodeId, directory: InodeId) -> None:
+    """Go on in one directory."""
     value = await txn.get(key)
     if value is None:
-        return False  # another server has done it, or the quota was changed again
+        return  # another server has done it, or the quota was changed again
     walk = schema.WALK.decode(value)
     place = await find_inode(txn, directory)
     if place is None or not place.is_directory():
-        txn.clear(key)
-        return True
+        await _directory_done(txn, key, quota)
+        return
     rows = await txn.get_range(*keys.entry_span(directory, walk.after), limit=BATCH_NAMES)
     for _, entry in rows:
         inode = await find_inode(txn, schema.ENTRY.decode(entry).inode)
@@ -180,10 +171,21 @@ async def _batch(txn: Transaction, key: bytes, quota: InodeId, directory: InodeI
     if quota and rows:
         txn.add(keys.usage_key(quota, WALKED), len(rows))
     if len(rows) < BATCH_NAMES:
-        txn.clear(key)
-        return True
-    txn.set(key, schema.WALK.encode(schema.Walk(keys.entry_name(rows[-1][0]))))
-    return False
+        await _directory_done(txn, key, quota)
+    else:
+        txn.set(key, schema.WALK.encode(schema.Walk(keys.entry_name(rows[-1][0]))))
+
+
+async def _directory_done(txn: Transaction, key: bytes, quota: InodeId) -> None:
+    """After the last directory the counters are exact."""
+    txn.clear(key)
+    record = await find_quota(txn, quota) if quota else None
+    if record is None or await txn.get_range(*keys.walk_span(quota), limit=1):
+        return
+    if record.state == QuotaState.COUNTING:
+        store_quota(txn, quota, replace(record, state=QuotaState.ACTIVE))
+    elif record.state == QuotaState.REMOVING and not await _drop_if_unused(txn, quota):
+        txn.set(keys.walk_key(quota, quota), schema.WALK.encode(schema.Walk(search=True)))
 
 
 async def _count_anew(txn: Transaction, quota: InodeId, inode: Inode, place: Inode) -> None:

@@ -96,6 +96,7 @@ class Walk(msgspec.Struct, frozen=True, gc=False):
     """How far a directory has been gone through."""
 
     after: bytes = b""
+    search: bool = False  # the directories are done; what is left is looked for among all inodes
 
 
 class Removed(msgspec.Struct, frozen=True, gc=False):

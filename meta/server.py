@@ -13,6 +13,7 @@ from emberfs.fabric.server import Server
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.store import OrderedStore
 from emberfs.kv.transaction import Engine
+from emberfs.meta import tree_calls
 from emberfs.meta.context import Context, Policy
 from emberfs.meta.dispatch import handlers
 from emberfs.meta.format import open_file_system
@@ -36,6 +37,8 @@ log = logging.getLogger("emberfs.meta.server")
 
 DRAIN_NS = 2 * SECOND
 STRIPE_MAX = 1024
+TRASH_DAYS_MAX = 36_500
+DAY_NS = 24 * 3600 * SECOND
 
 
 class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +55,7 @@ class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     stripe: int = 16  # chains that one file is spread over, at most
     session_grace_s: float = 30.0
+    trash_days: float = 30.0  # after which what is in the trash is removed; 0: never
     start_timeout_s: float = 10.0
 
 
@@ -70,6 +74,10 @@ def check_config(config: MetaConfig) -> None:
         raise EmberfsError(Code.CONFIG, "mgmtd and listen need at least one address each")
     if config.session_grace_s <= 0 or config.start_timeout_s <= 0:
         raise EmberfsError(Code.CONFIG, "session_grace_s and start_timeout_s must be above 0")
+    if not 0 <= config.trash_days <= TRASH_DAYS_MAX:
+        raise EmberfsError(
+            Code.CONFIG, f"trash_days = {config.trash_days}: write 0 (never) to {TRASH_DAYS_MAX}"
+        )
 
 
 class MetaService:
@@ -118,7 +126,7 @@ class MetaService:
 
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
-        policy = Policy(config.chunk_bytes, config.stripe)
+        policy = Policy(config.chunk_bytes, config.stripe, int(config.trash_days * DAY_NS))
         context = Context(
             env,
             engine,
@@ -158,6 +166,7 @@ class MetaService:
         context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")
         self._tasks.spawn(orphans.live(), name="meta orphans")
+        self._tasks.spawn(tree_calls.live(context), name="meta trash")
         log.info("serving at %s", ", ".join(endpoints))
 
     def _routing_is_fresh(self, cluster: Cluster) -> bool:

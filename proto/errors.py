@@ -49,6 +49,7 @@ class Code(IntEnum):
     READ_ONLY = 315
     QUOTA = 316
     OTHER_QUOTA = 317
+    TOO_MANY_NAMES = 318  # for one call: a tree is removed in parts
 
     CHAIN_VERSION = 400
     NOT_SERVING = 401
@@ -111,6 +112,7 @@ MEANINGS: dict[Code, Meaning] = {
     Code.READ_ONLY: Meaning(_GIVE_UP, errno.EROFS),
     Code.QUOTA: Meaning(_GIVE_UP, errno.EDQUOT),
     Code.OTHER_QUOTA: Meaning(_GIVE_UP, errno.EXDEV),
+    Code.TOO_MANY_NAMES: Meaning(_GIVE_UP, errno.ENOTEMPTY),
     Code.CHAIN_VERSION: Meaning(_REFRESH, errno.EIO),
     Code.NOT_SERVING: Meaning(_REFRESH, errno.EIO),
     Code.NOT_HEAD: Meaning(_REFRESH, errno.EIO),

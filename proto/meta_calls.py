@@ -185,7 +185,8 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     length becomes max(current, length) if the truncate version is still the current one, and is
     left alone otherwise. With `close` the session ends (and an unlinked file may be collected).
     With `durable` the answer comes only after the transaction is on stable storage. `torn`: a write
-    failed, and may have left bytes behind the end.
+    failed, and may have left bytes behind the end. `want`: bytes behind the end that are about to
+    be written, for which there must be room in the quota.
     """
 
     request: RequestId
@@ -198,6 +199,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     close: bool = False
     durable: bool = False
     torn: bool = False
+    want: U63 = 0
 
 
 class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):
