@@ -13,6 +13,7 @@ from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.client.patience import Patience
 from emberfs.client.quotaroom import QuotaRooms
 from emberfs.proto import meta_calls as calls
+from emberfs.proto import quota_calls
 from emberfs.proto.cluster import NodeKind, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError, Reaction
 from emberfs.proto.files import Inode
@@ -319,6 +320,10 @@ class Metadata:
     async def census(self) -> calls.CensusAnswer:
         """Count inodes and look for sessions that should have ended."""
         return await self._call(calls.CENSUS, calls.CensusRequest())
+
+    async def quota_census(self) -> quota_calls.QuotaCensusAnswer:
+        """Count what counts for each quota."""
+        return await self._call(quota_calls.QUOTA_CENSUS, quota_calls.QuotaCensusRequest())
 
     async def mend(self, mend: calls.Mend) -> None:
         """Perform one repair of the metadata. STALE if what was seen has changed."""

@@ -13,6 +13,7 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction, unpack_counter
 from emberfs.meta import schema
 from emberfs.meta.context import Context
+from emberfs.meta.mend_quota import correct_usage, drop_quota, recount
 from emberfs.meta.quota import recounted
 from emberfs.meta.records import count_inodes
 from emberfs.meta.tree import (
@@ -55,6 +56,7 @@ async def mend(context: Context, request: MendRequest) -> Nothing:
     if trims:
         await context.trims.perform(wanted.inode)
     context.collector.wake()
+    context.quota_walks.wake()
     return answer
 
 
@@ -168,7 +170,11 @@ async def _drop_record(txn: Transaction, context: Context, wanted: Mend) -> None
         _require(await find_inode(txn, wanted.inode) is None, f"inode {wanted.inode}")
     elif prefix == keys.Prefix.DELETED:
         _require(await find_inode(txn, wanted.inode) is not None, f"inode {wanted.inode}")
-    elif prefix not in (keys.Prefix.REPLY, keys.Prefix.REPLY_AGE):
+    elif prefix == keys.Prefix.REMOVED:
+        inode = await find_inode(txn, wanted.inode)
+        _require(inode is not None and bool(inode.parent), f"inode {wanted.inode}")
+        txn.add(keys.REMOVED_COUNT_KEY, -1)
+    elif prefix not in (keys.Prefix.REPLY, keys.Prefix.REPLY_AGE, keys.Prefix.TRASH):
         raise EmberfsError(Code.INVALID, f"records of kind {prefix!r} are not dropped")
     txn.clear(key)
 
@@ -209,4 +215,7 @@ _WORKS: dict[MendKind, Work] = {
     MendKind.END_SESSION: _end_session,
     MendKind.SET_COUNTER: _set_counter,
     MendKind.TRIM: _trim,
+    MendKind.SET_USAGE: correct_usage,
+    MendKind.RECOUNT: recount,
+    MendKind.DROP_QUOTA: drop_quota,
 }

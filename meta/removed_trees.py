@@ -89,9 +89,12 @@ class RemovedTrees:
         async def find(txn: Transaction) -> tuple[int, list[bytes]]:
             span = keys.span_of(keys.Prefix.REMOVED.value)
             rows = await txn.get_range(*span, limit=CHOICE_ROWS)
-            return unpack_counter(await txn.get(keys.REMOVED_COUNT_KEY)), [key for key, _ in rows]
+            waiting = unpack_counter(await txn.get(keys.REMOVED_COUNT_KEY, snapshot=True))
+            if waiting and not rows:
+                txn.add(keys.REMOVED_COUNT_KEY, -waiting)  # damage: it would cost every call a look
+            return waiting, [key for key, _ in rows]
 
-        waiting, found = await self._engine.run(find, read_only=True)
+        waiting, found = await self._engine.run(find)
         return waiting, self._env.random.choice(found) if found else None
 
     async def _live(self) -> None:

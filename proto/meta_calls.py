@@ -336,6 +336,9 @@ class MendKind(IntEnum):
     END_SESSION = 8  # session `number` of a client that is gone
     SET_COUNTER = 9  # the counter of inodes becomes the truth
     TRIM = 10  # chunks beyond the end of a file that nobody writes are cut
+    SET_USAGE = 20  # the counters of the quota of directory `inode` become the truth
+    RECOUNT = 21  # an inode counts for the quota of `parent`, which names it as `name`
+    DROP_QUOTA = 22  # a quota without a directory
 
 
 class Mend(msgspec.Struct, frozen=True, gc=False):

@@ -9,7 +9,7 @@ from emberfs.meta import quota_census, schema, space
 from emberfs.meta.quota import BYTES, FILES, Amount
 from emberfs.proto import meta_calls as calls
 from emberfs.proto import quota_calls
-from emberfs.proto.ids import ROOT_INODE, InodeId
+from emberfs.proto.ids import ROOT_INODE, TRASH_INODE, InodeId
 from unit.meta_world import ROOT, World
 
 
@@ -69,7 +69,7 @@ def check_tree(world: World) -> None:
     for number, inode in inodes.items():
         if number in quotas:
             assert inode.quota == number
-        elif number != ROOT_INODE and owners.get(number):
+        elif owners.get(number) and owners[number] != {TRASH_INODE}:
             allowed = {inodes[parent].quota for parent in owners[number]}
             assert inode.quota in allowed, f"{number} counts for {inode.quota}, not of {allowed}"
         assert inode.quota == 0 or inode.quota in quotas
