@@ -124,7 +124,10 @@ def test_content_is_counted_and_moves_as_users_expect(shared: LocalCluster, plac
 
 
 def test_df_shows_the_quota(shared: LocalCluster, place: Path) -> None:
-    whole = os.statvfs(shared.mount)
+    def blocks() -> int:
+        return int(run("df", "--output=size", "-B1M", shared.mount).stdout.split()[-1])
+
+    whole = blocks()
     command(shared, "quota", "set", place, "--bytes", "64M", "--files", "100")
     (place / "f").write_bytes(b"x" * 16 * MIB)
     with Client(shared.plan.mgmtd_address, cluster=shared.plan.cluster) as fs:
@@ -132,7 +135,16 @@ def test_df_shows_the_quota(shared: LocalCluster, place: Path) -> None:
         assert space.f_blocks * space.f_frsize == 64 * MIB
         assert space.f_bavail * space.f_frsize == 48 * MIB
         assert (space.f_files, space.f_favail) == (100, 98)
-    assert os.statvfs(shared.mount).f_blocks == whole.f_blocks
+    for below in (place, place / "f"):
+        found = os.statvfs(below)
+        assert found.f_blocks * found.f_frsize == 64 * MIB
+        assert found.f_bavail * found.f_frsize == 48 * MIB
+        assert (found.f_files, found.f_favail) == (100, 98)
+    sizes = run("df", "--output=size,used,avail", "-B1M", place).stdout.split()[-3:]
+    assert sizes == ["64", "16", "48"]
+    inodes = run("df", "--output=itotal,iavail", place).stdout.split()[-2:]
+    assert inodes == ["100", "98"]
+    assert abs(blocks() - whole) < whole // 10, "the whole file system is shown above it"
 
 
 def test_meta_is_killed_while_it_counts(shared: LocalCluster, place: Path) -> None:
