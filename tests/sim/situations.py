@@ -66,6 +66,7 @@ def load_all() -> dict[str, Situation]:
         situation_power,
         situation_recovery,
         situation_replica,
+        situation_trees,
     )
 
     parts = (
@@ -77,6 +78,7 @@ def load_all() -> dict[str, Situation]:
         situation_failover,
         situation_files,
         situation_names,
+        situation_trees,
     )
     assert all(part.__doc__ for part in parts)
     return SITUATIONS
