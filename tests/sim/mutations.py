@@ -165,10 +165,11 @@ def load() -> dict[str, Mutation]:
         mutate_meta,
         mutate_recovery,
         mutate_replica,
+        mutate_trees,
     )
 
     chunks = (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client)
-    for module in (*chunks, mutate_failover, mutate_meta, mutate_files):
+    for module in (*chunks, mutate_failover, mutate_meta, mutate_files, mutate_trees):
         assert module.__doc__
     return MUTATIONS
 

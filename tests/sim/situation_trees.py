@@ -1,12 +1,16 @@
 """Situations of quotas and removed trees: a lost answer, a server that dies in between."""
 
 import asyncio
+import stat as st
 from collections.abc import Sequence
 
 from emberfs.client.file import FileSystem
 from emberfs.client.oserrors import FileSystemError
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.ids import InodeId
 from emberfs.proto.meta_calls import CREATE
 from emberfs.proto.quota_calls import REMOVE_TREE, QuotaReport
+from sim.files_load import ROOT
 from sim.scenario import BlameError
 from sim.scenario_files import Stage
 from sim.situations import file_situation
@@ -76,10 +80,10 @@ async def meta_dies_while_it_counts(stage: Stage) -> None:
     stage.meta.kill()
     await asyncio.sleep(0.2)
     stage.revive(stage.meta)
-    while True:
-        report = (await stage.at(1, _report))[0]
-        if report.state == "active":
-            break
+    end_s = stage.world.loop.time() + 30
+    while (await stage.at(1, _report))[0].state != "active":
+        if stage.world.loop.time() > end_s:
+            raise BlameError("quota", "counting does not come to an end")
         await asyncio.sleep(0.05)
     await _expect_files(stage, NAMES + 2)
 
@@ -115,6 +119,29 @@ async def meta_dies_while_a_tree_is_taken_to_pieces(stage: Stage) -> None:
         raise BlameError("file content", "an open file of a removed tree was collected")
     await stage.at(1, lambda _: held.close())
     await stage.at(1, lambda fs: fs.stat("/t"))
+
+
+@file_situation
+async def a_directory_of_a_removed_tree_is_used(stage: Stage) -> None:
+    """Its inode is known to a client, and the server has not come to it yet."""
+
+    async def fill(fs: FileSystem) -> int:
+        await fs.makedirs("/t/u/v")
+        for number in range(NAMES):
+            await fs.mkdir(f"/t/{number}")
+        return (await fs.stat("/t/u/v")).st_ino
+
+    inner = InodeId(await stage.at(0, fill))
+    await stage.at(0, lambda fs: fs.remove_tree("/t"))
+
+    async def use(fs: FileSystem) -> None:
+        try:
+            await fs.cluster.metadata.mknod(ROOT, inner, b"x", st.S_IFDIR | 0o755)
+        except EmberfsError:
+            return
+        raise BlameError("names", "a name was made in a removed tree")
+
+    await stage.at(1, use)
 
 
 @file_situation
