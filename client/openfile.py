@@ -51,6 +51,7 @@ _REFUSALS = frozenset(
         Code.LOOP,
         Code.INVALID,
         Code.UNSUPPORTED,
+        Code.QUOTA,
     }
 )
 

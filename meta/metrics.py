@@ -14,7 +14,7 @@ TRIMS_PENDING = Gauge("emberfs_meta_trims_pending", "Shrunk files whose chunks a
 DELETED_WAITING = Gauge("emberfs_meta_deleted_waiting", "Deleted files that failed to be collected")
 DELETED = Counter("emberfs_meta_deleted_total", "Deleted files whose chunks were removed")
 QUOTA_WALKS = Gauge("emberfs_meta_quota_walks", "1 while what counts for a quota is counted anew")
-QUOTA_REFUSED = Counter("emberfs_meta_quota_refused_total", "Changes that a quota refused")
+TRASH_EXPIRED = Counter("emberfs_meta_trash_expired_total", "Things removed from the trash by age")
 REMOVED_WAITING = Gauge(
     "emberfs_meta_removed_directories", "Removed directories that are not emptied yet"
 )

@@ -18,6 +18,7 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.meta import schema
 from emberfs.meta.context import Context
+from emberfs.meta.metrics import TRASH_EXPIRED
 from emberfs.meta.namespace import check_removable_name
 from emberfs.meta.permission import (
     EXECUTE,
@@ -344,6 +345,7 @@ async def expire(context: Context) -> int:
             try:
                 await context.engine.run(work)
                 gone += 1
+                TRASH_EXPIRED.inc()
             except EmberfsError as problem:
                 if problem.code != Code.NOT_FOUND:  # else somebody was faster
                     raise
@@ -357,6 +359,6 @@ async def live(context: Context) -> None:
     while True:
         try:
             await expire(context)
-        except (TimeoutError, EmberfsError) as problem:
+        except EmberfsError as problem:
             log.warning("emptying the trash: %s", problem)
         await context.env.sleep_ns(EXPIRE_NS)

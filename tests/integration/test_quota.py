@@ -164,6 +164,14 @@ def test_meta_is_killed_while_it_counts(shared: LocalCluster, place: Path) -> No
     shared.fsck()
 
 
+def test_df_shows_what_can_be_stored(shared: LocalCluster) -> None:
+    """Three replicas on one disk: a third of it, however many services share the disk."""
+    disk, mounted = os.statvfs(shared.directory), os.statvfs(shared.mount)
+    usable = disk.f_bavail * disk.f_frsize / 3
+    shown = mounted.f_bavail * mounted.f_frsize
+    assert 0.5 * usable < shown <= 1.05 * usable
+
+
 # ---------------------------------------------------------------- trees and trash
 
 
