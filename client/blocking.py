@@ -20,6 +20,7 @@ from emberfs.client.file import DirEntry, File, FileSystem, Memory, Path, connec
 from emberfs.fabric.region import Region
 from emberfs.proto.ids import SECOND
 from emberfs.proto.meta_calls import Caller
+from emberfs.proto.quota_calls import QuotaReport
 
 T = TypeVar("T")
 
@@ -220,9 +221,31 @@ class Client:
         """Names of the extended attributes."""
         return self._run(self._fs.listxattr(path))
 
-    def statvfs(self) -> os.statvfs_result:
-        """Space of the whole file system after replication."""
-        return self._run(self._fs.statvfs())
+    def statvfs(self, path: Path = "/") -> os.statvfs_result:
+        """Space after replication, of the quota that the path is under, if any."""
+        return self._run(self._fs.statvfs(path))
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory with everything in it, in one step for the caller."""
+        self._run(self._fs.remove_tree(path))
+
+    def trash(self, path: Path) -> None:
+        """Put a file, or a directory with everything in it, into the trash."""
+        self._run(self._fs.trash(path))
+
+    def set_quota(
+        self, path: Path, *, bytes_max: int | None = None, files_max: int | None = None
+    ) -> None:
+        """Limit a directory with all below it; None leaves a limit as it is, 0 lifts it."""
+        self._run(self._fs.set_quota(path, bytes_max=bytes_max, files_max=files_max))
+
+    def remove_quota(self, path: Path) -> None:
+        """Lift the quota of a directory."""
+        self._run(self._fs.remove_quota(path))
+
+    def quotas_of(self, path: Path) -> tuple[QuotaReport, ...]:
+        """The quotas that a path counts for, innermost first, with what is used."""
+        return self._run(self._fs.quotas_of(path))
 
     def scandir(self, path: Path = "/") -> list[DirEntry]:
         """All entries of a directory."""

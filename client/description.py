@@ -222,6 +222,8 @@ class OpenFile:
             raise EmberfsError(Code.FILE_TOO_LARGE, f"a file cannot reach to {stop} bytes")
         if not length:
             return 0
+        if stop > state.length:
+            await state.make_room(self.session, stop)
         async with state.lock.hold(offset, stop, exclusive=True):
             state.invalidate(offset, stop)
             if direct or self.direct:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Self, TypeAlias
 
+from emberfs.client.administration import Administration
 from emberfs.client.cluster import Cluster
 from emberfs.client.openfile import OpenFile
 from emberfs.client.oserrors import translated
@@ -22,6 +23,7 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import NAME_BYTES_MAX, Inode
 from emberfs.proto.ids import SECOND, MiB
 from emberfs.proto.meta_calls import Caller
+from emberfs.proto.quota_calls import QuotaReport
 from emberfs.runtime.env import Env
 from emberfs.runtime.real import RealEnv
 
@@ -203,6 +205,7 @@ class FileSystem:
         self._files = cluster.files
         self._caller = caller
         self._umask = umask
+        self.administration = Administration(cluster.metadata, caller)
 
     def allocate(self, size_bytes: int) -> Region:
         """Shared memory: reads into slices of it and writes out of them are never copied."""
@@ -346,13 +349,17 @@ class FileSystem:
             names = await self._metadata.listxattr(self._caller, inode.id)
             return [os.fsdecode(name) for name in names]
 
-    async def statvfs(self) -> os.statvfs_result:
-        """Space of the whole file system after replication, as os.statvfs."""
-        with translated(b"/"):
-            answer = await self._metadata.statfs()
+    async def statvfs(self, path: Path = "/") -> os.statvfs_result:
+        """Space after replication, as os.statvfs: of the quota that the path is under, if any."""
+        where = clean(path)
+        with translated(where):
+            inode = (await self._inode(where)).id
+            answer = await self._metadata.statfs(inode)
         block = 4096
         total, free = answer.total_bytes // block, answer.free_bytes // block
         spare = 1 << 32
+        if answer.inodes_max:
+            spare = max(0, answer.inodes_max - answer.inodes)
         files = answer.inodes + spare
         return os.statvfs_result(
             (block, block, total, free, free, files, spare, spare, 0, NAME_BYTES_MAX)
@@ -424,6 +431,44 @@ class FileSystem:
             except FileNotFoundError:
                 continue
         await self.rmdir(where)
+
+    async def remove_tree(self, path: Path) -> None:
+        """Remove a directory with everything in it, in one step for the caller.
+
+        Its contents are deleted by the servers afterwards. Rights: see docs/semantics.md.
+        """
+        where = clean(path)
+        with translated(where):
+            parent, name = await self._parent(where)
+            await self.administration.remove_tree(parent.id, name)
+
+    async def trash(self, path: Path) -> None:
+        """Put a file, or a directory with everything in it, into the trash."""
+        where = clean(path)
+        with translated(where):
+            parent, name = await self._parent(where)
+            await self.administration.trash(parent.id, name, where)
+
+    async def set_quota(
+        self, path: Path, *, bytes_max: int | None = None, files_max: int | None = None
+    ) -> None:
+        """Limit a directory with all below it; None leaves a limit as it is, 0 lifts it."""
+        where = clean(path)
+        with translated(where):
+            inode = await self._inode(where)
+            await self.administration.set_quota(inode.id, bytes_max=bytes_max, files_max=files_max)
+
+    async def remove_quota(self, path: Path) -> None:
+        """Lift the quota of a directory."""
+        where = clean(path)
+        with translated(where):
+            await self.administration.remove_quota((await self._inode(where)).id)
+
+    async def quotas_of(self, path: Path) -> tuple[QuotaReport, ...]:
+        """The quotas that a path counts for, innermost first, with what is used."""
+        where = clean(path)
+        with translated(where):
+            return await self.administration.quotas_of((await self._inode(where)).id)
 
     async def rename(self, source: Path, target: Path, *, flags: int = 0) -> None:
         """Rename, replacing the target; flags as renameat2(2): 1 NOREPLACE, 2 EXCHANGE."""

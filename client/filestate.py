@@ -145,16 +145,19 @@ class FileState:
         return self.torn or self.mtime_ns is not None or self.written_stop > self.server_length
 
     async def settle(
-        self, session: SessionId, *, close: bool = False, durable: bool = False
+        self, session: SessionId, *, close: bool = False, durable: bool = False, want_stop: int = 0
     ) -> None:
         """Tell meta length and mtime; with `close` the session ends.
 
-        Tells only what storage has; whoever wants all of it told drains the buffer before.
+        Tells only what storage has; whoever wants all of it told drains the buffer before. To
+        `want_stop` the file is about to grow.
         """
         async with self.attributes:
-            await self._settle(session, close=close, durable=durable)
+            await self._settle(session, close=close, durable=durable, want_stop=want_stop)
 
-    async def _settle(self, session: SessionId, *, close: bool, durable: bool) -> None:
+    async def _settle(
+        self, session: SessionId, *, close: bool, durable: bool, want_stop: int
+    ) -> None:
         for _ in range(SETTLE_TRIES):
             version, stop = self.truncate_version, self._told_stop()
             # What was told before and not durably, a power cut of meta may have undone: tell again.
@@ -174,6 +177,7 @@ class FileState:
                     close=close,
                     durable=durable,
                     torn=torn,
+                    want=max(0, want_stop - max(length or 0, self.server_length)),
                 )
             except BaseException as problem:
                 self._unsettle(mark, mtime_ns)
@@ -269,6 +273,20 @@ class FileState:
         if stop > self.server_length and self.write_sessions:
             self.written_stop = max(self.written_stop, stop)
             await self.settle(next(iter(self.write_sessions)))
+
+    async def make_room(self, session: SessionId, stop: int) -> None:
+        """Before a write lets the file grow to `stop`: raise QUOTA if a quota does not allow it."""
+        rooms, now_ns = self._metadata.rooms, self._env.now_ns()
+        room = rooms.of(self.id)
+        if room is None or room.allows(stop, now_ns):
+            return
+        await self.buffer.drain()
+        await self.settle(session, want_stop=stop)
+        room = rooms.of(self.id)
+        if room is not None and stop > room.stop:
+            raise EmberfsError(
+                Code.QUOTA, f"inode {self.id} cannot grow to {stop} bytes: its quota is used up"
+            )
 
     def _was_cut(self, inode: Inode) -> None:
         """Under the exclusive lock: meta has set the length."""

@@ -1,5 +1,9 @@
 """The FUSE daemon: mounts the cluster, serves the kernel until it is told to stop, unmounts."""
 
+# isort: off
+from emberfs.client.fuse_statfs import asked_inode  # before pyfuse3: see there
+
+# isort: on
 import asyncio
 import logging
 import os
@@ -184,7 +188,7 @@ class FuseService:
             writeback=config.writeback,
             request_timeout_ns=int(config.request_timeout_s * SECOND),
         )
-        return EmberOperations(self._env, metadata, files, policy, self._metrics)
+        return EmberOperations(self._env, metadata, files, policy, self._metrics, asked_inode)
 
     async def _part(self, cluster: Cluster) -> None:
         try:

@@ -92,8 +92,10 @@ def space(answer: StatfsAnswer) -> pyfuse3.StatvfsData:
     data.f_bsize = data.f_frsize = BLOCK_BYTES
     data.f_blocks = answer.total_bytes // BLOCK_BYTES
     data.f_bfree = data.f_bavail = answer.free_bytes // BLOCK_BYTES
-    data.f_files = answer.inodes + FREE_INODES
-    data.f_ffree = data.f_favail = FREE_INODES
+    free = max(0, answer.inodes_max - answer.inodes) if answer.inodes_max else FREE_INODES
+    data.f_files = max(answer.inodes_max, answer.inodes) if answer.inodes_max else 0
+    data.f_files = data.f_files or answer.inodes + FREE_INODES
+    data.f_ffree = data.f_favail = free
     data.f_namemax = NAME_BYTES_MAX
     return data
 

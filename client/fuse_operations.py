@@ -8,7 +8,7 @@ with the kernel: they hold among the processes of one mount, not between machine
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -69,7 +69,9 @@ class EmberOperations(pyfuse3.Operations):
         files: OpenFiles,
         policy: CachePolicy = CachePolicy(),  # noqa: B008 (immutable)
         metrics: FuseMetrics | None = None,
+        asked_inode: Callable[[], InodeId] = lambda: InodeId(0),
     ) -> None:
+        """`asked_inode` tells what the statfs request that comes first is about; 0: not known."""
         super().__init__()
         self.metrics = metrics or FuseMetrics()
         self.requests = Requests(env, self.metrics, policy.request_timeout_ns)
@@ -77,6 +79,7 @@ class EmberOperations(pyfuse3.Operations):
         self._metadata = metadata
         self._files = files
         self._policy = policy
+        self._asked_inode = asked_inode
         self._callers = Callers(env)
         self._known = KnownInodes()
         self.kernel = FuseKernel(env, self._known)
@@ -337,8 +340,8 @@ class EmberOperations(pyfuse3.Operations):
 
     @handler
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        """Space after replication."""
-        return space(await self._metadata.statfs())
+        """Space after replication; below a directory with a quota, of that quota."""
+        return space(await self._metadata.statfs(self._asked_inode()))
 
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

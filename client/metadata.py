@@ -14,7 +14,9 @@ from emberfs.client import metrics
 from emberfs.client.metachoice import MetaServers, file_of
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.client.patience import Patience
+from emberfs.client.quotaroom import QuotaRooms
 from emberfs.proto import meta_calls as calls
+from emberfs.proto import quota_calls
 from emberfs.proto.cluster import NodeKind, RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError, Reaction
 from emberfs.proto.files import Inode
@@ -57,6 +59,7 @@ class Metadata:
         self._since = since
         self._sequence = 0
         self._servers = MetaServers(env, client_id)
+        self.rooms = QuotaRooms()
 
     def close(self) -> None:
         """Stop listening to routing."""
@@ -217,9 +220,9 @@ class Metadata:
         )
         await self._call(calls.SET_XATTR, request)
 
-    async def statfs(self) -> StatfsAnswer:
-        """Space and inodes of the whole file system, after replication."""
-        return await self._call(calls.STATFS, calls.StatfsRequest())
+    async def statfs(self, inode: InodeId = InodeId(0)) -> StatfsAnswer:  # noqa: B008
+        """Space and inodes of the whole file system after replication, or of an inode's quota."""
+        return await self._call(calls.STATFS, calls.StatfsRequest(inode))
 
     # ------------------------------------------------------------ open files
 
@@ -248,7 +251,7 @@ class Metadata:
             truncate=truncate,
             since=self._since(),
         )
-        return (await self._call(calls.CREATE, request)).inode
+        return self._opened(await self._call(calls.CREATE, request), write=write)
 
     async def open(
         self,
@@ -271,7 +274,7 @@ class Metadata:
             truncate=truncate,
             since=self._since(),
         )
-        return (await self._call(calls.OPEN, request)).inode
+        return self._opened(await self._call(calls.OPEN, request), write=write)
 
     async def settle(
         self,
@@ -285,6 +288,7 @@ class Metadata:
         close: bool = False,
         durable: bool = False,
         torn: bool = False,
+        want: int = 0,
     ) -> Inode:
         """Report length and times of an open file; see SettleRequest."""
         request = calls.SettleRequest(
@@ -298,8 +302,14 @@ class Metadata:
             close=close,
             durable=durable,
             torn=torn,
+            want=want,
         )
-        return (await self._call(calls.SETTLE, request)).inode
+        return self._opened(await self._call(calls.SETTLE, request), write=not close)
+
+    def _opened(self, answer: calls.InodeAnswer, *, write: bool) -> Inode:
+        if write:
+            self.rooms.note(answer, self._env.now_ns())
+        return answer.inode
 
     async def stable(self) -> None:
         """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""
@@ -323,12 +333,24 @@ class Metadata:
         """Count inodes and look for sessions that should have ended."""
         return await self._call(calls.CENSUS, calls.CensusRequest())
 
+    async def quota_census(self) -> quota_calls.QuotaCensusAnswer:
+        """Count what counts for each quota."""
+        return await self._call(quota_calls.QUOTA_CENSUS, quota_calls.QuotaCensusRequest())
+
     async def mend(self, mend: calls.Mend) -> None:
         """Perform one repair of the metadata. STALE if what was seen has changed."""
         request = calls.MendRequest(request=self._request_id(), mend=mend)
         await self._call(calls.MEND, request)
 
     # ------------------------------------------------------------ one call
+
+    async def perform(self, method: Method[Request, Answer], request: Request) -> Answer:
+        """Any other call of the metadata service, with the same patience."""
+        return await self._call(method, request)
+
+    def next_request(self) -> RequestId:
+        """Name one mutating call."""
+        return self._request_id()
 
     def _request_id(self) -> RequestId:
         self._sequence += 1

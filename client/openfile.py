@@ -51,6 +51,7 @@ _REFUSALS = frozenset(
         Code.LOOP,
         Code.INVALID,
         Code.UNSUPPORTED,
+        Code.QUOTA,
     }
 )
 
@@ -266,6 +267,7 @@ class OpenFiles:
         if not state.references and self._states.get(state.id) is state:
             del self._states[state.id]
             self._fence.forget(state.id)
+            self.metadata.rooms.forget(state.id)
 
     def _on_routing(self, snapshot: RoutingSnapshot) -> None:
         if self._fence.note_routing(snapshot) and self._states:

@@ -1,21 +1,19 @@
 """The command `emberfs`."""
 
 import asyncio
-import os
 import shutil
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated
 
 import msgspec
 import typer
 from rich.table import Table
 
-from emberfs.client.cluster import Cluster
 from emberfs.client.control import Control
 from emberfs.deploy import doctor as doctor_checks
-from emberfs.deploy import local_cluster, meta_store, processes
+from emberfs.deploy import local_cluster, meta_store, processes, tree_commands
+from emberfs.deploy.command import HERE, Directory, connect, fail, inside, perform, plan_of, say
 from emberfs.deploy.fsck import GRACE_NS, Options, Report, check
 from emberfs.deploy.plan import Plan, load_plan, write_plan
 from emberfs.deploy.status import console, show, size
@@ -23,8 +21,6 @@ from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import SECOND, TargetId
 from emberfs.runtime.real import RealEnv
 from emberfs.runtime.service import explain
-
-T = TypeVar("T")
 
 app = typer.Typer(
     help="emberfs: a distributed file system for AI work.",
@@ -36,43 +32,8 @@ app = typer.Typer(
 meta_app = typer.Typer(no_args_is_help=True, help="Backups of the metadata, and moves to a store.")
 app.add_typer(meta_app, name="meta")
 
-Directory = Annotated[
-    Path, typer.Option("--directory", "-d", help="where the local cluster keeps everything")
-]
 # A mount point has `parser=Path`: typer's own conversion would stat it, and so wait for a mount
 # whose servers are down, the very ones that `up` is to start.
-HERE = Path(".emberfs")
-CONNECT_TIMEOUT_NS = 10 * SECOND
-
-
-def say(text: str) -> None:
-    """Print one line for people."""
-    console().print(text, markup=False, soft_wrap=True)
-
-
-def fail(message: str) -> NoReturn:
-    """End the command with one line on stderr."""
-    print(f"emberfs: {message}", file=sys.stderr)
-    raise SystemExit(1)
-
-
-def perform(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; a failure is one line."""
-    try:
-        return asyncio.run(work)
-    except (EmberfsError, OSError) as problem:
-        fail(explain(problem))
-
-
-def plan_of(directory: Path) -> Plan:
-    """Return the plan of an existing local cluster."""
-    try:
-        plan = load_plan(directory.absolute())
-    except EmberfsError as problem:
-        fail(problem.message)
-    if plan is None:
-        fail(f"no cluster in {directory.absolute()}: run `emberfs up` first, or pass --directory")
-    return plan
 
 
 @app.command()
@@ -273,7 +234,7 @@ def fsck(
     except SystemExit:
         raise SystemExit(2) from None
     options = Options(
-        path=_inside(plan, path),
+        path=inside(plan, path),
         verify=verify,
         repair=repair,
         trusted=TargetId(trust) if trust else None,
@@ -291,23 +252,8 @@ def fsck(
     say(f"clean: {files}{report.chunks} chunks, {size(report.bytes)}, all replicas byte-equal")
 
 
-def _inside(plan: Plan, path: str) -> bytes:
-    """Return a path of the file system; one under the mount point may be given too."""
-    mountpoint = Path(plan.mountpoint)
-    place = Path(path).absolute()
-    if path and place.is_relative_to(mountpoint):
-        path = "/" + str(place.relative_to(mountpoint))
-    return os.fsencode(path)
-
-
 async def _fsck(plan: Plan, options: Options) -> Report:
-    cluster = await Cluster.open(
-        RealEnv(),
-        (plan.mgmtd_address,),
-        plan.cluster,
-        register=False,
-        timeout_ns=CONNECT_TIMEOUT_NS,
-    )
+    cluster = await connect(plan)
     try:
         return await check(cluster, say, options)
     finally:
@@ -352,6 +298,7 @@ def meta_load(
     """Fill an empty store from a file. The services must be stopped."""
     count = perform(meta_store.load(RealEnv(), _stores(directory, store, mgmtd_store), file))
     say(f"{count} rows loaded")
+tree_commands.register(app)
 
 
 def main() -> None:

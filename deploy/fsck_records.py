@@ -5,15 +5,16 @@ names pass by; remembered replies likewise. The pages are of different moments, 
 find things that are not so: fsck.py believes what it finds twice with the same evidence.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from emberfs.kv import keys
-from emberfs.meta import check, schema
+from emberfs.meta import check, check_trees, schema
 from emberfs.meta.check import Ancestry, Finding, LinkCount
 from emberfs.proto.files import Inode
-from emberfs.proto.ids import InodeId
+from emberfs.proto.ids import TRASH_INODE, InodeId
 from emberfs.proto.meta_calls import CensusAnswer, RecordRow, ScanRecordsAnswer
+from emberfs.proto.quota_calls import QuotaCensusAnswer
 
 PAGE_ROWS = 2000
 INODES_AT_ONCE = 1_000_000  # about 100 MiB
@@ -37,6 +38,10 @@ class Records(Protocol):
 
     async def census(self) -> CensusAnswer:
         """Count inodes and look for sessions that should have ended."""
+        ...
+
+    async def quota_census(self) -> QuotaCensusAnswer:
+        """Count what counts for each quota."""
         ...
 
 
@@ -73,17 +78,78 @@ async def fetch_inodes(records: Records, numbers: Sequence[InodeId]) -> dict[Ino
     return found
 
 
+class TreeCheck:
+    """Quotas, removed trees and the trash."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self.quotas: dict[InodeId, schema.Quota] = {}
+        self._queued: set[int] = set()
+
+    async def run(self, note: Callable[[Finding | None], None]) -> None:
+        """Look at their records. They are few, except those of the queue and of the trash."""
+        self.quotas.clear()
+        async for page in self._pages(keys.Prefix.QUOTA):
+            for row, directory in await self._with_inodes(page):
+                self.quotas[_number(row)] = schema.QUOTA.decode(row.value)
+                note(check_trees.quota_finding(row.key, row.value, directory))
+        for finding in check_trees.usage_findings((await self._records.quota_census()).differences):
+            note(finding)
+        async for page in self._pages(keys.Prefix.REMOVED):
+            for row, inode in await self._with_inodes(page):
+                self._queued.add(_number(row))
+                note(check_trees.removed_finding(row.key, row.value, inode))
+        await self._trash(note)
+
+    async def _trash(self, note: Callable[[Finding | None], None]) -> None:
+        named: set[bytes] = set()
+        async for page in pages(self._records, keys.entry_span(TRASH_INODE)):
+            wanted = [check_trees.trash_key_of(keys.entry_name(row.key)) for row in page]
+            known = await self._records.fetch_records(tuple(key or b"?" for key in wanted))
+            for row, key, value in zip(page, wanted, known, strict=True):
+                if key is not None and value is not None:
+                    named.add(key)
+                    continue
+                entry = schema.ENTRY.decode(row.value)
+                for inode, stored in (await fetch_inodes(self._records, [entry.inode])).values():
+                    name = keys.entry_name(row.key)
+                    note(check_trees.lost_trash_finding(name, inode, stored))
+        async for page in self._pages(keys.Prefix.TRASH):
+            for row in page:
+                note(check_trees.trash_finding(row.key, row.value, has_name=row.key in named))
+
+    def judge_hidden(self, inode: Inode, stored: bytes) -> Finding | None:
+        """Judge an inode: a directory of a removed tree waits in the queue."""
+        if not check_trees.is_hidden(inode) or inode.id in self._queued:
+            return None
+        return check_trees.unqueued_finding(inode, stored)
+
+    def _pages(self, prefix: keys.Prefix) -> AsyncIterator[tuple[RecordRow, ...]]:
+        return pages(self._records, keys.span_of(bytes(prefix.value)))
+
+    async def _with_inodes(self, page: Sequence[RecordRow]) -> list[tuple[RecordRow, Inode | None]]:
+        stored = await fetch_inodes(self._records, [_number(row) for row in page])
+        found = [(row, stored.get(_number(row))) for row in page]
+        return [(row, one.inode if one is not None else None) for row, one in found]
+
+
+def _number(row: RecordRow) -> InodeId:
+    return InodeId(keys.unpack_inode_suffix(row.key))
+
+
 class RecordCheck:
     """One look at all metadata."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
         self._findings: list[Finding] = []
+        self._trees = TreeCheck(records)
         self.inodes = 0
         self.names = 0
 
     async def run(self) -> list[Finding]:
         """Look at every record once (at names as often as memory demands)."""
+        await self._trees.run(self._note)
         await self._names()
         await self._links()
         census = await self._records.census()
@@ -110,7 +176,7 @@ class RecordCheck:
     async def _names(self) -> None:
         async for page in self._pages(keys.Prefix.ENTRY):
             self.names += len(page)
-            for finding in await judge_names(self._records, page):
+            for finding in await judge_names(self._records, page, self._trees.quotas):
                 self._note(finding)
 
     # ------------------------------------------------------------ links and ".."
@@ -125,6 +191,7 @@ class RecordCheck:
                     self._note(inode)
                     continue
                 count.expect(inode)
+                self._note(self._trees.judge_hidden(inode, row.value))
                 if inode.is_directory():
                     ancestry.ask(inode)
             await self._cycles(ancestry)
@@ -227,8 +294,10 @@ class RecordCheck:
                 self._note(finding)
 
 
-async def judge_names(records: Records, page: Sequence[RecordRow]) -> list[Finding]:
-    """Judge a page of directory entries."""
+async def judge_names(
+    records: Records, page: Sequence[RecordRow], quotas: check_trees.Quotas | None = None
+) -> list[Finding]:
+    """Judge a page of directory entries; with all `quotas` also what counts for which."""
     found: list[Finding] = []
     entries: list[tuple[RecordRow, InodeId, schema.Entry]] = []
     for row in page:
@@ -244,6 +313,11 @@ async def judge_names(records: Records, page: Sequence[RecordRow]) -> list[Findi
         if unreadable & {parent, named.inode}:
             continue  # found by whoever reads the inodes; nothing follows for their names
         finding = await _judge_name(records, row, inodes.get(parent), inodes.get(named.inode))
+        parents, named_inode = inodes.get(parent), inodes.get(named.inode)
+        if finding is None and quotas is not None and parents and named_inode:
+            finding = check_trees.quota_name_finding(
+                row.key, parents.inode, named_inode.inode, named_inode.value, quotas
+            )
         if finding is not None:
             found.append(finding)
     return found

@@ -12,7 +12,7 @@ from emberfs.kv import keys
 from emberfs.meta import check
 from emberfs.meta.check import Finding
 from emberfs.proto.files import Inode
-from emberfs.proto.ids import ROOT_INODE, InodeId
+from emberfs.proto.ids import InodeId
 
 DEPTH_MAX = 10_000
 
@@ -66,7 +66,7 @@ async def _read(records: Records, directory: InodeId) -> AsyncIterator[Step | In
     stored = after.get(directory)
     if stored is None or stored != before.get(directory):
         return  # it changed while it was read
-    names = int(directory != ROOT_INODE)
+    names = int(directory not in check.TOPS)
     finding = check.link_finding(stored.inode, stored.value, names, subdirectories, is_open=False)
     if finding is not None and finding.mend is not None:
         yield Step([finding], [])

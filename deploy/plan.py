@@ -124,6 +124,7 @@ def service_settings(plan: Plan, name: str) -> dict[str, object]:
         "node": STORAGE_NODE_FIRST + place,
         "data": directories[place],
         "targets": plan.targets_per_storage,
+        "services_on_disk": 1 if plan.storage_directories else plan.storages,
     }
 
 

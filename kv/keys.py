@@ -27,6 +27,11 @@ class Prefix(bytes, Enum):
     REPLY = b"R"  # + client + sequence: the remembered reply of a mutating call
     MARK = b"W"  # + client: up to which of its calls replies may be forgotten
     REPLY_AGE = b"r"  # + server + time + client + sequence: the same in order of age
+    QUOTA = b"Q"  # + inode of a directory: the limits of everything below it
+    USAGE = b"q"  # + inode of a directory + kind: int64, what counts for its quota
+    WALK = b"Y"  # + quota + directory: its names are still to be counted anew
+    REMOVED = b"E"  # + time + inode: a directory without a name, to be emptied and deleted
+    TRASH = b"Z"  # + time + inode: where something in the trash came from
     ENGINE = b"\0"  # what engines keep for themselves: never in a backup
     MGMTD = b"M"  # everything of the management service; it divides its space itself
 
@@ -59,6 +64,7 @@ SEARCHED_BLOCK_KEY = _P[Prefix.COUNTER] + b"searched-block"  # up to it: no lost
 LOADING_KEY = _P[Prefix.ENGINE] + b"l"  # there while a backup is being loaded
 STAMP_KEY = _P[Prefix.ENGINE] + b"n"  # last stamp given, where the engine has none of its own
 INODE_COUNT_KEY = _P[Prefix.COUNTER] + b"inodes"
+REMOVED_COUNT_KEY = _P[Prefix.COUNTER] + b"removed-directories"
 
 
 def span_of(prefix: bytes) -> Span:
@@ -196,3 +202,52 @@ def unpack_reply_age_key(key: bytes) -> ReplyAge:
 def aged_key(age: ReplyAge) -> bytes:
     """Key of the record whose age it is."""
     return reply_key(age.client, age.sequence) if age.sequence else mark_key(age.client)
+
+
+def quota_key(directory: int) -> bytes:
+    """Key of a quota."""
+    return _P[Prefix.QUOTA] + _U64.pack(directory)
+
+
+def usage_key(directory: int, kind: bytes) -> bytes:
+    """Key of a counter of a quota: b"b" bytes, b"f" files, b"w" names looked at by its walk."""
+    return _P[Prefix.USAGE] + _U64.pack(directory) + kind
+
+
+def usage_span(directory: int) -> Span:
+    """All counters of a quota."""
+    start = _P[Prefix.USAGE]
+    return Span(start + _U64.pack(directory), start + _U64.pack(directory + 1))
+
+
+def walk_key(quota: int, directory: int) -> bytes:
+    """Key of a directory that a change of a quota has not been through."""
+    return _P[Prefix.WALK] + _TWO.pack(quota, directory)
+
+
+def walk_span(quota: int) -> Span:
+    """All directories that a change of a quota has not been through."""
+    start = _P[Prefix.WALK]
+    return Span(start + _U64.pack(quota), start + _U64.pack(quota + 1))
+
+
+def unpack_walk_key(key: bytes) -> tuple[int, int]:
+    """Return (quota, directory)."""
+    quota, directory = _TWO.unpack(key[1:])
+    return quota, directory
+
+
+def removed_key(time_ns: int, inode: int) -> bytes:
+    """Key of a removed directory, oldest first."""
+    return _P[Prefix.REMOVED] + _TWO.pack(time_ns, inode)
+
+
+def trash_key(time_ns: int, inode: int) -> bytes:
+    """Key of something in the trash, oldest first."""
+    return _P[Prefix.TRASH] + _TWO.pack(time_ns, inode)
+
+
+def unpack_time_suffix(key: bytes) -> int:
+    """Return the time of a key that ends with time and inode."""
+    time_ns: int = _U64.unpack(key[-16:-8])[0]
+    return time_ns

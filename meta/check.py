@@ -24,10 +24,11 @@ from emberfs.kv import keys
 from emberfs.meta import schema
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Inode
-from emberfs.proto.ids import ROOT_INODE, InodeId
+from emberfs.proto.ids import ROOT_INODE, TRASH_INODE, InodeId
 from emberfs.proto.meta_calls import Mend, MendKind
 
 _ID_BYTES = 8
+TOPS = (ROOT_INODE, TRASH_INODE)  # directories without a name
 
 
 class Finding(NamedTuple):
@@ -128,9 +129,14 @@ class LinkCount:
         return len(self._names)
 
     def expect(self, inode: Inode) -> None:
-        """Begin to count for this inode. What is left at the end is the difference."""
+        """Begin to count for this inode. What is left at the end is the difference.
+
+        A directory of a removed tree has no names, and is taken to pieces: nothing is counted.
+        """
+        if inode.is_directory() and not inode.parent:
+            return
         if inode.is_directory():
-            self._names[inode.id] = int(inode.id != ROOT_INODE)
+            self._names[inode.id] = int(inode.id not in TOPS)
             self._subdirectories[inode.id] = inode.nlink - 2
         else:
             self._names[inode.id] = inode.nlink
@@ -153,7 +159,7 @@ class LinkCount:
     def seen(self, inode: Inode) -> tuple[int, int]:
         """Return how many names and subdirectories were seen, if the inode did not change."""
         if inode.is_directory():
-            names = int(inode.id != ROOT_INODE) - self._names[inode.id]
+            names = int(inode.id not in TOPS) - self._names[inode.id]
             return names, inode.nlink - 2 - self._subdirectories[inode.id]
         return inode.nlink - self._names[inode.id], 0
 
@@ -163,7 +169,7 @@ def link_finding(
 ) -> Finding | None:
     """Judge the link count of an inode by what was counted."""
     directory, what = inode.is_directory(), f"inode {inode.id}"
-    if names == 0 and inode.id != ROOT_INODE:
+    if names == 0 and inode.id not in TOPS:
         if not directory and inode.nlink == 0:
             destroy = Mend(MendKind.DESTROY, inode=inode.id, expected=stored)
             text = f"{what} has neither a name nor a session, and nobody collects it"
@@ -172,7 +178,7 @@ def link_finding(
         text = f"{what} has no name and claims {inode.nlink} links"
         return Finding(text, f"attach it as /lost+found/#{inode.id}", attach)
     right = subdirectories + 2 if directory else names
-    if directory and names > int(inode.id != ROOT_INODE):
+    if directory and names > int(inode.id not in TOPS):
         return Finding(f"directory {what} has {names} names", "", None)
     if inode.nlink == right:
         return None
@@ -182,10 +188,10 @@ def link_finding(
 
 
 class Ancestry:
-    """Follows ".." from directories to the root; remembers what is known to arrive there."""
+    """Follows ".." from directories to the top; remembers what is known to arrive there."""
 
     def __init__(self, known_max: int) -> None:
-        self._known: set[int] = {ROOT_INODE}
+        self._known: set[int] = set(TOPS)
         self._known_max = known_max
         self._up: dict[int, int] = {}  # of the directories in question
 
@@ -221,7 +227,7 @@ class Ancestry:
             self._known.update(path)
         self._up.clear()
         if len(self._known) > self._known_max:
-            self._known = {ROOT_INODE}
+            self._known = set(TOPS)
         return [InodeId(number) for number in sorted(found)]
 
 

@@ -9,6 +9,8 @@ from emberfs.meta.announce import Announcer
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.inode_ids import InodeIds
+from emberfs.meta.quota_walk import QuotaWalks
+from emberfs.meta.removed_trees import RemovedTrees
 from emberfs.meta.replies import Replies
 from emberfs.meta.schema import Owner
 from emberfs.meta.tenure import Alone, Tenure
@@ -16,16 +18,17 @@ from emberfs.meta.trims import Chunks, Trims
 from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout
-from emberfs.proto.ids import CHUNK_BYTES_DEFAULT, ChainId, InodeId
+from emberfs.proto.ids import CHUNK_BYTES_DEFAULT, SECOND, ChainId, InodeId
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """How new files are laid out."""
+    """How new files are laid out, and how long the trash keeps."""
 
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     stripe: int = 16  # chains of one file, at most
+    trash_age_ns: int = 30 * 24 * 3600 * SECOND  # 0: for ever
 
 
 class Context:
@@ -56,6 +59,8 @@ class Context:
         self.collector = Collector(env, engine, chunks, self.trims, self.tenure)
         self.announcer = Announcer(env)  # that of the engine's commits, set by who opened it
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions
+        self.quota_walks = QuotaWalks(env, engine)
+        self.removed_trees = RemovedTrees(env, engine, self.collector)
         self._tasks = TaskSet()
         self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())
 
@@ -67,11 +72,15 @@ class Context:
         """Begin the work in the background."""
         self.trims.start()
         self.collector.start()
+        self.quota_walks.start()
+        self.removed_trees.start()
         self._tasks.spawn(self.replies.forgetting.live(), name="meta replies")
 
     async def close(self) -> None:
         """End the work in the background; what is unfinished stays recorded."""
         await self._tasks.close()
+        await self.quota_walks.close()
+        await self.removed_trees.close()
         await self.collector.close()
         await self.trims.close()
 

@@ -5,10 +5,22 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from emberfs.fabric.call import Handler, ServerCall
-from emberfs.meta import files, mend, namespace, records, rename, resolve, space, xattr
+from emberfs.meta import (
+    files,
+    mend,
+    namespace,
+    quota_census,
+    records,
+    rename,
+    resolve,
+    space,
+    tree_calls,
+    xattr,
+)
+from emberfs.meta import quota_calls as quotas
 from emberfs.meta.context import Context
 from emberfs.meta.metrics import ERRORS, SECONDS
-from emberfs.proto import meta_calls
+from emberfs.proto import meta_calls, quota_calls
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.method import Method
 
@@ -45,6 +57,16 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(meta_calls.FETCH_RECORDS, records.fetch),
     Binding(meta_calls.CENSUS, records.census),
     Binding(meta_calls.MEND, mend.mend),
+    Binding(quota_calls.SET_QUOTA, quotas.set_quota),
+    Binding(quota_calls.REMOVE_QUOTA, quotas.remove_quota),
+    Binding(quota_calls.SHOW_QUOTA, quotas.show_quota),
+    Binding(quota_calls.LIST_QUOTAS, quotas.list_quotas),
+    Binding(quota_calls.QUOTA_CENSUS, quota_census.census),
+    Binding(quota_calls.REMOVE_TREE, tree_calls.remove_tree),
+    Binding(quota_calls.TRASH, tree_calls.trash),
+    Binding(quota_calls.LIST_TRASH, tree_calls.list_trash),
+    Binding(quota_calls.RESTORE, tree_calls.restore),
+    Binding(quota_calls.EMPTY_TRASH, tree_calls.empty_trash),
 )
 
 

@@ -18,6 +18,7 @@ from emberfs.meta.attributes import after_write, is_privileged, with_attributes
 from emberfs.meta.context import Context
 from emberfs.meta.namespace import add_name, check_new_name, new_inode
 from emberfs.meta.permission import EXECUTE, READ, WRITE, require
+from emberfs.meta.quota import charge_growth, grant_bytes
 from emberfs.meta.tree import (
     destroy,
     find_entry,
@@ -73,7 +74,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
             inode = new_inode(context, taken, parent, request.caller, mode)
             await add_name(txn, context, parent, request.name, inode)
         _add_session(txn, context, inode.id, request)
-        return InodeAnswer(inode)
+        return InodeAnswer(inode, await grant_bytes(txn, inode) if request.write else None)
 
     answer = await _run_open(context, CREATE, request, work)
     return await _opened(context, request, answer, is_new=answer.inode.id == taken)
@@ -141,7 +142,7 @@ async def _opened(
     if request.truncate:
         await context.trims.perform(inode)
     if request.write and not is_new and await adopt(context, inode):
-        return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)))
+        return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)), answer.room)
     return answer
 
 
@@ -192,7 +193,7 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
         elif request.write:
             await check_whole(txn, inode)
         _add_session(txn, context, inode.id, request)
-        return InodeAnswer(inode)
+        return InodeAnswer(inode, await grant_bytes(txn, inode) if request.write else None)
 
     answer = await _run_open(context, OPEN, request, work)
     return await _opened(context, request, answer, is_new=False)
@@ -225,6 +226,7 @@ async def _set_length(
     is known here, and tells its length later.
     """
     check_length(inode, length)
+    await charge_growth(txn, inode, length)
     version, others = inode.truncate_version, await _is_written(txn, context, inode.id, session)
     if length < inode.length or others:
         await cut_behind(txn, inode, length, context.tenure)
@@ -309,7 +311,7 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
                 return InodeAnswer(changed)
         if changed is not inode:
             store_inode(txn, changed)
-        return InodeAnswer(changed)
+        return InodeAnswer(changed, await grant_bytes(txn, changed, request.want))
 
     answer = await context.trims.after(
         lambda: context.replies.run(SETTLE, request.request, work, durable=request.durable)
@@ -327,6 +329,7 @@ async def _settled(
         check_length(inode, request.length)
         if request.truncate_version == inode.truncate_version:
             grown = max(inode.length, request.length)
+            await charge_growth(txn, inode, grown, forced=True)  # it is written
     changed = inode
     if grown != inode.length or request.mtime_ns is not None:
         privileged = True

@@ -13,6 +13,8 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction, unpack_counter
 from emberfs.meta import schema
 from emberfs.meta.context import Context
+from emberfs.meta.mend_quota import correct_usage, drop_quota, recount
+from emberfs.meta.quota import recounted
 from emberfs.meta.records import count_inodes
 from emberfs.meta.tree import (
     add_inode,
@@ -54,6 +56,7 @@ async def mend(context: Context, request: MendRequest) -> Nothing:
     if trims:
         await context.trims.perform(wanted.inode)
     context.collector.wake()
+    context.quota_walks.wake()
     return answer
 
 
@@ -118,6 +121,7 @@ async def _attach(txn: Transaction, context: Context, wanted: Mend, spare: Inode
     parent = place.id if inode.is_directory() else inode.parent
     nlink = inode.nlink if inode.is_directory() else 1
     found = replace(inode, parent=parent, nlink=nlink, ctime_ns=now_ns)
+    found = await recounted(txn, found, place)
     store_inode(txn, found)
     store_entry(txn, place.id, name, found)
     touch_directory(txn, place, now_ns, links=int(inode.is_directory()))
@@ -144,6 +148,7 @@ async def _lost_and_found(txn: Transaction, spare: InodeId, now_ns: int) -> Inod
         mtime_ns=now_ns,
         ctime_ns=now_ns,
         parent=ROOT_INODE,
+        quota=root.quota,
     )
     await add_inode(txn, made)
     store_entry(txn, ROOT_INODE, LOST_AND_FOUND, made)
@@ -165,7 +170,11 @@ async def _drop_record(txn: Transaction, context: Context, wanted: Mend) -> None
         _require(await find_inode(txn, wanted.inode) is None, f"inode {wanted.inode}")
     elif prefix == keys.Prefix.DELETED:
         _require(await find_inode(txn, wanted.inode) is not None, f"inode {wanted.inode}")
-    elif prefix not in (keys.Prefix.REPLY, keys.Prefix.REPLY_AGE):
+    elif prefix == keys.Prefix.REMOVED:
+        inode = await find_inode(txn, wanted.inode)
+        _require(inode is not None and bool(inode.parent), f"inode {wanted.inode}")
+        txn.add(keys.REMOVED_COUNT_KEY, -1)
+    elif prefix not in (keys.Prefix.REPLY, keys.Prefix.REPLY_AGE, keys.Prefix.TRASH):
         raise EmberfsError(Code.INVALID, f"records of kind {prefix!r} are not dropped")
     txn.clear(key)
 
@@ -206,4 +215,7 @@ _WORKS: dict[MendKind, Work] = {
     MendKind.END_SESSION: _end_session,
     MendKind.SET_COUNTER: _set_counter,
     MendKind.TRIM: _trim,
+    MendKind.SET_USAGE: correct_usage,
+    MendKind.RECOUNT: recount,
+    MendKind.DROP_QUOTA: drop_quota,
 }

@@ -18,6 +18,7 @@ from emberfs.meta.permission import (
     require,
     require_removable,
 )
+from emberfs.meta.quota import check_link
 from emberfs.meta.tree import (
     add_inode,
     destroy,
@@ -96,6 +97,7 @@ def new_inode(
         rdev=rdev,
         layout=context.new_layout(inode) if stat.S_ISREG(mode) else None,
         parent=parent.id if directory else InodeId(0),
+        quota=parent.quota,
     )
 
 
@@ -178,6 +180,7 @@ async def link(context: Context, request: LinkRequest) -> InodeAnswer:
             raise EmberfsError(Code.NOT_FOUND, f"inode {inode.id} was removed")
         if inode.nlink >= LINK_COUNT_MAX:
             raise EmberfsError(Code.TOO_MANY_LINKS, f"inode {inode.id} has {inode.nlink} names")
+        check_link(inode, directory)
         linked = replace(inode, nlink=inode.nlink + 1, ctime_ns=now_ns)
         store_inode(txn, linked)
         store_entry(txn, directory.id, request.name, linked)
@@ -189,7 +192,7 @@ async def link(context: Context, request: LinkRequest) -> InodeAnswer:
 
 async def remove(context: Context, request: RemoveRequest) -> Nothing:
     """Unlink, or rmdir with `directory`."""
-    _check_removable_name(request)
+    check_removable_name(request.name)
 
     async def work(txn: Transaction) -> Nothing:
         now_ns = context.env.wall_ns()
@@ -211,11 +214,12 @@ async def remove(context: Context, request: RemoveRequest) -> Nothing:
     return answer
 
 
-def _check_removable_name(request: RemoveRequest) -> None:
-    check_name(request.name)
-    if request.name == b"..":
+def check_removable_name(name: bytes) -> None:
+    """Refuse what cannot be removed: "." and "..", and what is no name."""
+    check_name(name)
+    if name == b"..":
         raise EmberfsError(Code.NOT_EMPTY, "a parent directory is never empty")
-    if request.name == b".":
+    if name == b".":
         raise EmberfsError(Code.INVALID, 'a directory cannot be removed by its name "."')
 
 

@@ -6,6 +6,7 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.meta.context import Context
 from emberfs.meta.permission import EXECUTE, WRITE, check_name, require, require_removable
+from emberfs.meta.quota import placed
 from emberfs.meta.tree import (
     destroy,
     drop_link,
@@ -44,7 +45,7 @@ async def rename(context: Context, request: RenameRequest) -> Nothing:
         move.check_permission()
         await move.check_loops()
         if request.flags & EXCHANGE:
-            move.exchange(context.env.wall_ns())
+            await move.exchange(context.env.wall_ns())
         else:
             await move.replace(context.env.wall_ns())
         return Nothing()
@@ -132,7 +133,6 @@ class _Move:
         if target is not None:
             await self._check_overwrite(source, target)
         self._txn.clear(keys.entry_key(self._old.id, self._request.name))
-        self._place(source, self._new, self._request.new_name, now_ns)
         moved = int(source.is_directory())
         replaced = 0
         if target is not None and target.is_directory():
@@ -140,6 +140,7 @@ class _Move:
             replaced = 1
         elif target is not None:
             await drop_link(self._txn, target, now_ns)
+        await self._place(source, self._new, self._request.new_name, now_ns)
         self._touch(-moved, moved - replaced, now_ns)
 
     async def _check_overwrite(self, source: Inode, target: Inode) -> None:
@@ -150,18 +151,23 @@ class _Move:
         if target.is_directory() and not await is_empty(self._txn, target.id):
             raise EmberfsError(Code.NOT_EMPTY, f"directory {target.id} is not empty")
 
-    def exchange(self, now_ns: int) -> None:
+    async def exchange(self, now_ns: int) -> None:
         """Swap two names."""
         source, target = self._source, self._target
         assert target is not None
-        self._place(source, self._new, self._request.new_name, now_ns)
-        self._place(target, self._old, self._request.name, now_ns)
+        await self._place(source, self._new, self._request.new_name, now_ns)
+        await self._place(target, self._old, self._request.name, now_ns)
         gained = int(source.is_directory()) - int(target.is_directory())
         self._touch(-gained, gained, now_ns)
 
-    def _place(self, inode: Inode, directory: Inode, name: bytes, now_ns: int) -> None:
-        parent = directory.id if inode.is_directory() else inode.parent
-        store_inode(self._txn, replace(inode, parent=parent, ctime_ns=now_ns))
+    async def _place(self, inode: Inode, directory: Inode, name: bytes, now_ns: int) -> None:
+        txn, parent = self._txn, inode.parent
+        empty = False
+        if inode.is_directory():
+            parent = directory.id
+            empty = inode.quota != directory.quota and await is_empty(txn, inode.id)
+        inode = await placed(txn, inode, directory, is_empty=empty)
+        store_inode(txn, replace(inode, parent=parent, ctime_ns=now_ns))
         store_entry(self._txn, directory.id, name, inode)
 
     def _touch(self, old_links: int, new_links: int, now_ns: int) -> None:

@@ -11,10 +11,15 @@
 | REPLY | Reply | it has an age |
 | MARK | Mark | it has an age |
 | REPLY_AGE | nothing | what it is the age of exists |
+| QUOTA | Quota | USAGE holds the sums over all inodes that count for it or for a quota inside it |
+| WALK | Walk | its quota is not active |
+| REMOVED | Removed | its inode is a directory with `parent` 0, and no name leads to it |
+| TRASH | Trashed | the inode has one name, that of the key, in the directory of the trash |
 
 Values are msgpack, maps for what may grow fields and arrays for small hot records.
 """  # noqa: E501
 
+from enum import IntEnum
 from typing import Generic, TypeVar
 
 import msgspec
@@ -92,6 +97,46 @@ class Mark(msgspec.Struct, frozen=True, gc=False, array_like=True):
     age_ns: int  # when the mark itself may be forgotten
 
 
+class QuotaState(IntEnum):
+    """What a quota is worth."""
+
+    ACTIVE = 0  # its counters are exact
+    COUNTING = 1  # what was in the directory when it was set is being counted
+    REMOVING = 2  # limits nothing any more; what counts for it is handed to the one above
+
+
+class Quota(msgspec.Struct, frozen=True, gc=False):
+    """Limits of everything below a directory, itself included; 0 means none."""
+
+    above: InodeId  # the quota that encloses it, 0 if none does
+    bytes_max: int = 0
+    files_max: int = 0
+    state: QuotaState = QuotaState.ACTIVE
+
+
+class Walk(msgspec.Struct, frozen=True, gc=False):
+    """How far a directory has been gone through."""
+
+    after: bytes = b""
+    search: bool = False  # the directories are done; what is left is looked for among all inodes
+
+
+class Removed(msgspec.Struct, frozen=True, gc=False):
+    """A directory that was taken out of the name space with everything below it."""
+
+    uid: int  # on whose behalf
+
+
+class Trashed(msgspec.Struct, frozen=True, gc=False):
+    """Something in the trash."""
+
+    uid: int  # who put it there
+    parent: InodeId  # where it was
+    name: bytes
+    path: bytes  # the same, as it was called then
+    mode: int  # file type bits
+
+
 class Codec(Generic[R]):
     """Encodes one kind of record."""
 
@@ -122,3 +167,7 @@ DELETED = Codec(Deleted)
 TRIM = Codec(Trim)
 REPLY = Codec(Reply)
 MARK = Codec(Mark)
+QUOTA = Codec(Quota)
+WALK = Codec(Walk)
+REMOVED = Codec(Removed)
+TRASHED = Codec(Trashed)

@@ -15,6 +15,7 @@ from emberfs.kv.store import OrderedStore
 from emberfs.kv.transaction import Engine as LocalEngine
 from emberfs.kv.transactions import Engine
 from emberfs.kv.url import open_engine, parse_store
+from emberfs.meta import tree_calls
 from emberfs.meta.announce import Announced, Announcer
 from emberfs.meta.chunkguard import ChunkGuard
 from emberfs.meta.context import Context, Policy
@@ -41,6 +42,8 @@ log = logging.getLogger("emberfs.meta.server")
 
 DRAIN_NS = 2 * SECOND
 STRIPE_MAX = 1024
+TRASH_DAYS_MAX = 36_500
+DAY_NS = 24 * 3600 * SECOND
 
 
 class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +61,7 @@ class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     stripe: int = 16  # chains that one file is spread over, at most
     session_grace_s: float = 30.0
+    trash_days: float = 30.0  # after which what is in the trash is removed; 0: never
     start_timeout_s: float = 10.0
 
 
@@ -80,6 +84,10 @@ def check_config(config: MetaConfig) -> None:
         raise EmberfsError(Code.CONFIG, 'name a directory in "data", or a "store"')
     if config.session_grace_s <= 0 or config.start_timeout_s <= 0:
         raise EmberfsError(Code.CONFIG, "session_grace_s and start_timeout_s must be above 0")
+    if not 0 <= config.trash_days <= TRASH_DAYS_MAX:
+        raise EmberfsError(
+            Code.CONFIG, f"trash_days = {config.trash_days}: write 0 (never) to {TRASH_DAYS_MAX}"
+        )
 
 
 class MetaService:
@@ -149,7 +157,7 @@ class MetaService:
         self, engine: Engine, announcer: Announcer, cluster: Cluster, timeout_ns: int
     ) -> None:
         config, env = self._config, self._env
-        policy = Policy(config.chunk_bytes, config.stripe)
+        policy = Policy(config.chunk_bytes, config.stripe, int(config.trash_days * DAY_NS))
         self._refuse_beside_others(cluster)
         tenure = self._tenure(cluster)
         guard = ChunkGuard(env, cluster.routing, cluster.peers, tenure)
@@ -198,6 +206,7 @@ class MetaService:
         context.overdue = sweeper.overdue
         self._tasks.spawn(sweeper.live(), name="meta sessions")
         self._tasks.spawn(orphans.live(), name="meta orphans")
+        self._tasks.spawn(tree_calls.live(context), name="meta trash")
         log.info("serving at %s", ", ".join(endpoints))
 
     def _refuse_beside_others(self, cluster: Cluster) -> None:

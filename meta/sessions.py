@@ -22,6 +22,7 @@ from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.metrics import SESSIONS_ENDED
 from emberfs.meta.tenure import Tenure
+from emberfs.meta.quota import charge_growth
 from emberfs.meta.tree import destroy, find_inode, has_sessions, store_inode
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.meta.vanished import Measured, measure
@@ -144,7 +145,7 @@ class SessionSweeper:
             elif measured is not None:
                 if measured.truncate_version != inode.truncate_version:
                     raise EmberfsError(Code.STALE, "it was truncated meanwhile")
-                self._settle(txn, inode, measured.end, privileged=session.privileged)
+                await self._settle(txn, inode, measured.end, privileged=session.privileged)
             return True
 
         if not await self._engine.run(work):
@@ -152,8 +153,9 @@ class SessionSweeper:
         log.info("session %d on inode %d ended: its client is gone", number, inode_id)
         return True
 
-    def _settle(self, txn: Transaction, inode: Inode, end: int, *, privileged: bool) -> None:
+    async def _settle(self, txn: Transaction, inode: Inode, end: int, *, privileged: bool) -> None:
         if end > inode.length:
+            await charge_growth(txn, inode, end, forced=True)
             now_ns = self._env.wall_ns()
             grown = after_write(inode, privileged=privileged, now_ns=now_ns, mtime_ns=None)
             store_inode(txn, replace(grown, length=end))

@@ -3,12 +3,12 @@
 from msgspec.structs import replace
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Transaction
-from emberfs.meta import schema
+from emberfs.kv.transaction import Transaction, unpack_counter
+from emberfs.meta import quota, schema
 from emberfs.meta.permission import require
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
-from emberfs.proto.ids import InodeId
+from emberfs.proto.ids import ROOT_INODE, TRASH_INODE, InodeId
 from emberfs.proto.meta_calls import Caller
 
 
@@ -31,8 +31,25 @@ async def load_directory(txn: Transaction, inode: InodeId, caller: Caller, want:
     found = await load_inode(txn, inode)
     if not found.is_directory():
         raise EmberfsError(Code.NOT_DIRECTORY, f"inode {inode} is not a directory")
+    await check_reachable(txn, found)
     require(found, caller, want)
     return found
+
+
+async def check_reachable(txn: Transaction, directory: Inode) -> None:
+    """Raise NOT_FOUND in a tree that was removed as a whole and is not taken to pieces yet.
+
+    While there is none, that costs a look at a counter. Nothing of it joins the conflict set: who
+    is in the tree at the moment of its removal was there before.
+    """
+    if not unpack_counter(await txn.get(keys.REMOVED_COUNT_KEY, snapshot=True)):
+        return
+    at: Inode | None = directory
+    while at is not None and at.id not in (ROOT_INODE, TRASH_INODE):
+        value = await txn.get(keys.inode_key(at.parent), snapshot=True) if at.parent else None
+        at = None if value is None else schema.INODE.decode(value)
+    if at is None:
+        raise EmberfsError(Code.NOT_FOUND, f"directory {directory.id} was removed")
 
 
 def store_inode(txn: Transaction, inode: Inode) -> None:
@@ -86,8 +103,9 @@ async def has_sessions(txn: Transaction, inode: InodeId) -> bool:
 
 
 async def add_inode(txn: Transaction, inode: Inode) -> None:
-    """Store a new inode."""
+    """Store a new inode. QUOTA if there is one and it is used up."""
     assert await txn.get(keys.inode_key(inode.id)) is None, "an inode id was given twice"
+    await quota.charge(txn, inode.quota, quota.amount_of(inode))
     txn.add(keys.INODE_COUNT_KEY, 1)
     store_inode(txn, inode)
 
@@ -106,6 +124,9 @@ async def destroy(txn: Transaction, inode: Inode, now_ns: int) -> None:
     """Remove an inode; a file's chunks are left to the collector."""
     txn.clear(keys.inode_key(inode.id))
     txn.add(keys.INODE_COUNT_KEY, -1)
+    if inode.quota:
+        await quota.charge(txn, inode.quota, quota.amount_of(inode).negative(), forced=True)
+        await quota.directory_gone(txn, inode)
     start, stop = keys.xattr_span(inode.id)
     for key, _ in await txn.get_range(start, stop):
         txn.clear(key)

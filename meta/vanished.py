@@ -23,6 +23,7 @@ from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.attributes import after_write
 from emberfs.meta.context import Context
+from emberfs.meta.quota import charge_growth
 from emberfs.meta.tree import find_inode, store_inode
 from emberfs.meta.trims import Chunks, Trims, cut_behind
 from emberfs.proto.files import Inode
@@ -78,6 +79,7 @@ async def adopt(context: Context, inode_id: InodeId) -> bool:
             return False  # cut meanwhile, and with it what was measured
         now_ns = context.env.wall_ns()
         grown = after_write(inode, privileged=False, now_ns=now_ns, mtime_ns=None)
+        await charge_growth(txn, inode, measured.end, forced=True)
         store_inode(txn, replace(grown, length=measured.end))
         return True
 

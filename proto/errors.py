@@ -47,6 +47,9 @@ class Code(IntEnum):
     BAD_HANDLE = 313
     RANGE = 314
     READ_ONLY = 315
+    QUOTA = 316
+    OTHER_QUOTA = 317
+    TOO_MANY_NAMES = 318  # for one call: a tree is removed in parts
 
     CHAIN_VERSION = 400
     NOT_SERVING = 401
@@ -107,6 +110,9 @@ MEANINGS: dict[Code, Meaning] = {
     Code.BAD_HANDLE: Meaning(_GIVE_UP, errno.EBADF),
     Code.RANGE: Meaning(_GIVE_UP, errno.ERANGE),
     Code.READ_ONLY: Meaning(_GIVE_UP, errno.EROFS),
+    Code.QUOTA: Meaning(_GIVE_UP, errno.EDQUOT),
+    Code.OTHER_QUOTA: Meaning(_GIVE_UP, errno.EXDEV),
+    Code.TOO_MANY_NAMES: Meaning(_GIVE_UP, errno.ENOTEMPTY),
     Code.CHAIN_VERSION: Meaning(_REFRESH, errno.EIO),
     Code.NOT_SERVING: Meaning(_REFRESH, errno.EIO),
     Code.NOT_HEAD: Meaning(_REFRESH, errno.EIO),

@@ -45,6 +45,7 @@ class Inode(msgspec.Struct, frozen=True, gc=False):
     parent: InodeId = InodeId(0)  # directories only: what ".." is
     symlink: bytes = b""
     torn: bool = False  # a write that failed may have left bytes behind the end
+    quota: InodeId = InodeId(0)  # the quota that it counts for: of a directory above, or its own
 
     def is_directory(self) -> bool:
         """Tell a directory."""

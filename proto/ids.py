@@ -26,6 +26,7 @@ ChunkId = NewType("ChunkId", bytes)  # 12 bytes, see pack_chunk_id
 SessionId = NewType("SessionId", int)  # u63, one open file description at one client
 
 ROOT_INODE = InodeId(1)  # as FUSE has it
+TRASH_INODE = InodeId(2)  # a directory without a name, made when something is put into the trash
 
 CHUNK_ID_BYTES = 12
 CHUNK_BYTES_MIN = 64 * KiB

@@ -30,10 +30,15 @@ class RequestId(msgspec.Struct, frozen=True, gc=False, array_like=True):
     elsewhere: bool = False  # an earlier try went to another server, or to an earlier life of it
 
 
-class InodeAnswer(msgspec.Struct, frozen=True, gc=False):
-    """An inode as it is now."""
+class InodeAnswer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """An inode as it is now.
+
+    `room`, of an open file: by how many bytes it may grow before the caller settles again; None: it
+    is under no quota.
+    """
 
     inode: Inode
+    room: int | None = None
 
 
 class Nothing(msgspec.Struct, frozen=True, gc=False):
@@ -189,7 +194,8 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     length becomes max(current, length) if the truncate version is still the current one, and is
     left alone otherwise. With `close` the session ends (and an unlinked file may be collected).
     With `durable` the answer comes only after the transaction is on stable storage. `torn`: a write
-    failed, and may have left bytes behind the end.
+    failed, and may have left bytes behind the end. `want`: bytes behind the end that are about to
+    be written, for which there must be room in the quota.
     """
 
     request: RequestId
@@ -202,6 +208,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     close: bool = False
     durable: bool = False
     torn: bool = False
+    want: U63 = 0
 
 
 class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):
@@ -257,15 +264,18 @@ class SetXattrRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class StatfsRequest(msgspec.Struct, frozen=True, gc=False):
-    """Ask for space and inodes."""
+    """Ask for space and inodes: of what `inode` counts for, 0: of the whole file system."""
+
+    inode: BoundedInode = InodeId(0)
 
 
 class StatfsAnswer(msgspec.Struct, frozen=True, gc=False):
-    """Capacity after replication, as an application can use it."""
+    """Capacity after replication, as an application can use it; of a quota, what is left of it."""
 
     total_bytes: int
     free_bytes: int
     inodes: int
+    inodes_max: int = 0  # 0: no limit
 
 
 class StableRequest(msgspec.Struct, frozen=True, gc=False):
@@ -367,6 +377,9 @@ class MendKind(IntEnum):
     END_SESSION = 8  # session `number` of a client that is gone
     SET_COUNTER = 9  # the counter of inodes becomes the truth
     TRIM = 10  # chunks beyond the end of a file that nobody writes are cut
+    SET_USAGE = 20  # the counters of the quota of directory `inode` become the truth
+    RECOUNT = 21  # an inode counts for the quota of `parent`, which names it as `name`
+    DROP_QUOTA = 22  # a quota without a directory
 
 
 class Mend(msgspec.Struct, frozen=True, gc=False):

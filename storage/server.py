@@ -24,6 +24,7 @@ from emberfs.storage.service import StorageService
 
 log = logging.getLogger("emberfs.storage.server")
 
+SERVICES_MAX = 1000
 TARGETS_MAX = 99  # target ids are node id * 100 + place
 START_TIMEOUT_NS = 20 * SECOND
 DRAIN_NS = 1 * SECOND
@@ -43,6 +44,7 @@ class StorageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advertise: str = ""  # address that others reach us at, where `listen` says 0.0.0.0
     targets: int = 1
     capacity_bytes: int = 0  # per target; 0 = an equal share of the file system
+    services_on_disk: int = 1  # storage services whose data are in the same file system
     sync_bytes_per_s: int = 0  # bound of what recovery sends; 0 = none
     scrub_bytes_per_s: int = 16 << 20  # what the scrubber reads per target; 0 = no scrubbing
     scrub_interval_s: int = 7 * 24 * 3600  # from one pass to the next
@@ -63,6 +65,11 @@ class StorageServer:
             raise EmberfsError(
                 Code.CONFIG, f"targets = {config.targets}: from 1 to {TARGETS_MAX} are possible"
             )
+        if not 1 <= config.services_on_disk <= SERVICES_MAX:
+            raise EmberfsError(
+                Code.CONFIG,
+                f"services_on_disk = {config.services_on_disk}: write 1 to {SERVICES_MAX}",
+            )
         self._config = config
         self._env = env
         self._wiring = wiring
@@ -81,6 +88,7 @@ class StorageServer:
             report_now=self._report_now,
             sync_bytes_per_s=config.sync_bytes_per_s,
             scrub=ScrubSettings(config.scrub_bytes_per_s, config.scrub_interval_s),
+            services_on_disk=config.services_on_disk,
         )
 
     def _targets(self) -> dict[TargetId, HostedTarget]:

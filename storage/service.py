@@ -83,6 +83,7 @@ class StorageService:
         report_now: Callable[[], None],
         sync_bytes_per_s: int = 0,
         scrub: ScrubSettings | None = None,
+        services_on_disk: int = 1,
     ) -> None:
         self._env = env
         self._routing = routing
@@ -90,6 +91,7 @@ class StorageService:
         self._lease_ok = lease_ok
         self._report_now = report_now
         self._scrub = scrub or ScrubSettings()
+        self._services_on_disk = services_on_disk
         self._throttle = Throttle(env, sync_bytes_per_s)
         self._calls = NodeCalls(env, routing, peers)
         self._links = Links(env, self._calls)
@@ -123,7 +125,7 @@ class StorageService:
         """Open all targets side by side; those that cannot be opened are reported OFFLINE."""
         self.apply(self._routing.snapshot)
         self._routing.subscribe(self.apply)
-        sharers = len(self.targets)
+        sharers = len(self.targets) * self._services_on_disk
         opening = [
             self._tasks.spawn(
                 hosted.open(

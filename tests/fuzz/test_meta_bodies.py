@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberfs.meta.dispatch import BINDINGS, Binding, handlers
-from emberfs.proto import meta_calls
+from emberfs.proto import meta_calls, quota_calls
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ROOT_INODE
 from emberfs.proto.method import Method
@@ -82,7 +82,8 @@ async def submit(world: World, binding: Binding, body: bytes) -> None:
 
 
 def test_every_method_is_bound() -> None:
-    methods = {m.number for m in vars(meta_calls).values() if isinstance(m, Method)}
+    named = [*vars(meta_calls).values(), *vars(quota_calls).values()]
+    methods = {m.number for m in named if isinstance(m, Method)}
     assert methods == {binding.method.number for binding in BINDINGS}
 
 

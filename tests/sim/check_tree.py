@@ -8,7 +8,7 @@ atomic, each call is. State: (directory, name) -> (kind, inode). Operations, wit
     mkdir (directory, name)                            stat
     create (directory, name, "x" or "")                stat; without "x" what exists is opened
     link (inode, directory, name)                      stat
-    unlink, rmdir (directory, name), rename (d, name, d2, name2)        ""
+    unlink, rmdir, rmtree (directory, name), rename (d, name, d2, name2)        ""
     readdir (directory,)                               "name inode" of all, sorted, joined with "/"
     tree ()                                            the same of everything, see `show`
 
@@ -34,7 +34,7 @@ NOT_EMPTY, IS_DIRECTORY, LOOP = "NOT_EMPTY", "IS_DIRECTORY", "INVALID"
 NOT_PERMITTED = "NOT_PERMITTED"
 ERRORS = (MISSING, NO_DIRECTORY, EXISTS, NOT_EMPTY, IS_DIRECTORY, LOOP, NOT_PERMITTED)
 LOOKS = ("lookup", "resolve", "readdir", "tree")
-CHANGES = ("mkdir", "create", "link", "unlink", "rmdir", "rename")
+CHANGES = ("mkdir", "create", "link", "unlink", "rmdir", "rmtree", "rename")
 
 
 def check_tree(
@@ -205,6 +205,23 @@ def _remove(names: Names, op: Op) -> str:
     return ""
 
 
+def _remove_tree(names: Names, op: Op) -> str:
+    """Everything below goes at once; links to it from elsewhere are not modelled."""
+    node = names.get(_place(op))
+    problem = _directory(names, op.key[0])
+    if problem or node is None:
+        return problem or MISSING
+    if node[0] != DIRECTORY:
+        return NO_DIRECTORY
+    del names[_place(op)]
+    waiting = [node[1]]
+    while waiting:
+        at = waiting.pop()
+        below = [place for place in names if place[0] == at]
+        waiting += [names.pop(place)[1] for place in below]
+    return ""
+
+
 def _is_used(names: Names, directory: int) -> bool:
     return any(parent == directory for parent, _ in names)
 
@@ -251,6 +268,7 @@ _PERFORM: dict[str, Callable[[Names, Op], str]] = {
     "link": _link,
     "unlink": _remove,
     "rmdir": _remove,
+    "rmtree": _remove_tree,
     "rename": _rename,
     "readdir": _readdir,
     "tree": lambda names, _: show(names),

@@ -44,6 +44,8 @@ def seen_of(store: MemoryStore) -> Seen:
         kind = DIRECTORY if stat.S_ISDIR(entry.mode) else FILE
         parent = int.from_bytes(key[1:9], "big")
         tree[parent, keys.entry_name(key).decode()] = (kind, entry.inode)
+    removed = {keys.unpack_inode_suffix(key) for key, _ in _rows(store, keys.Prefix.REMOVED)}
+    _take_away(tree, removed)
     answers = {}
     for key, value in _rows(store, keys.Prefix.REPLY):
         client, sequence = int.from_bytes(key[1:9], "big"), int.from_bytes(key[9:17], "big")
@@ -53,13 +55,25 @@ def seen_of(store: MemoryStore) -> Seen:
     return Seen(tree, answers)
 
 
+def _take_away(tree: dict[Place, Node], removed: set[int]) -> None:
+    """What is in a removed tree has no names, though the records are still there."""
+    while removed:
+        below = [place for place in tree if place[0] in removed]
+        removed = {node[1] for node in map(tree.pop, below) if node[0] == DIRECTORY}
+
+
 def leftovers(store: MemoryStore) -> list[Leftover]:
-    """Sessions, deletions and trims that are recorded now."""
+    """Sessions, deletions, trims, removed directories that are recorded now."""
     found = []
     for key, value in _rows(store, keys.Prefix.SESSION):
         inode, _ = keys.unpack_session_key(key)
         found.append(Leftover("session", inode, schema.SESSION.decode(value).client))
-    for prefix, kind in ((keys.Prefix.DELETED, "deletion"), (keys.Prefix.TRIM, "trim")):
+    for prefix, kind in (
+        (keys.Prefix.DELETED, "deletion"),
+        (keys.Prefix.TRIM, "trim"),
+        (keys.Prefix.REMOVED, "removed directory"),
+        (keys.Prefix.WALK, "walk of a quota"),
+    ):
         found += [Leftover(kind, keys.unpack_inode_suffix(k)) for k, _ in _rows(store, prefix)]
     return found
 

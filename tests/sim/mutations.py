@@ -167,11 +167,12 @@ def load() -> dict[str, Mutation]:
         mutate_recovery,
         mutate_removal,
         mutate_replica,
+        mutate_trees,
     )
 
     chunks = (mutate_replica, mutate_removal, mutate_recovery, mutate_disk)
-    control = (mutate_control, mutate_client)
-    for module in (*chunks, *control, mutate_failover, mutate_meta, mutate_metas, mutate_files):
+    control = (mutate_control, mutate_client, mutate_failover)
+    for module in (*chunks, *control, mutate_meta, mutate_metas, mutate_files, mutate_trees):
         assert module.__doc__
     return MUTATIONS
 

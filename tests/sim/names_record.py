@@ -13,6 +13,7 @@ import msgspec
 from emberfs.client.metadata import Metadata
 from emberfs.meta.schema import Reply
 from emberfs.proto import meta_calls as calls
+from emberfs.proto import quota_calls
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.proto.method import Method
@@ -21,8 +22,12 @@ from sim.check_tree import DIRECTORY, ERRORS, FILE
 from sim.history import History, Key
 
 _METHODS: dict[int, Method[Any, Any]] = {
-    method.number: method for method in vars(calls).values() if isinstance(method, Method)
+    method.number: method
+    for method in (*vars(calls).values(), *vars(quota_calls).values())
+    if isinstance(method, Method)
 }
+# What a quota refuses does nothing, and check_tree.py knows of no quotas.
+REFUSED = ("QUOTA", "OTHER_QUOTA")
 
 
 def record_calls(
@@ -49,7 +54,7 @@ def record_calls(
             answer = await original(method, request)
         except EmberfsError as problem:
             name = problem.code.name
-            if name not in ERRORS:
+            if name not in (*ERRORS, *REFUSED):
                 note(f"{method.name}: {problem.code.name}: {problem}")
             outcome = "fail" if name in ERRORS else "unknown"
             history.end(op, now_ns(), outcome, result=name)
@@ -77,6 +82,8 @@ def _described(method: Method[Any, Any], request: Any) -> tuple[str, Key] | None
     if method is calls.REMOVE:
         kind = "rmdir" if request.directory else "unlink"
         return kind, _key(request.parent, request.name)
+    if method is quota_calls.REMOVE_TREE:
+        return "rmtree", _key(request.parent, request.name)
     if method is calls.RENAME:
         old = _key(request.parent, request.name)
         return "rename", (*old, *_key(request.new_parent, request.new_name))

@@ -26,6 +26,8 @@ DIRECTED: dict[str, str] = {
     "committed_versions_are_in_memory": "a_replica_that_missed_writes_returns_first",
     "completion_of_another_chain_counts": "a_replica_is_back_and_not_filled_yet",
     "content_is_not_compared": "replicas_hold_different_contents_under_one_version",
+    "counters_are_forgotten_by_a_restart": "meta_dies_between_a_create_and_its_answer",
+    "counting_is_forgotten_by_a_restart": "meta_dies_while_it_counts",
     "cuts_are_not_resumed": "meta_and_a_client_die_amid_a_truncation",
     "cuts_forget_the_buffer": "a_file_is_cut_while_its_bytes_are_buffered",
     "cuts_go_on_after_a_tenure": "a_server_is_frozen_amid_a_truncation",
@@ -93,10 +95,14 @@ DIRECTED: dict[str, str] = {
         "a_write_comes_after_its_client_has_removed_the_absent_chunk"
     ),
     "removed_chunks_forget_their_writers": "a_write_comes_again_after_a_removal",
+    "removed_trees_are_forgotten_by_a_restart": "meta_dies_while_a_tree_is_taken_to_pieces",
+    "removed_trees_are_still_reached": "a_directory_of_a_removed_tree_is_used",
+    "removed_trees_take_open_files_along": "meta_dies_while_a_tree_is_taken_to_pieces",
     "renewals_are_not_stable": "power_of_the_store_fails_while_a_candidate_stands_still",
     "repair_empties_the_chunk": "a_byte_rots_at_the_head",
     "replacements_forget_the_writers": "a_new_head_that_was_filled_is_asked_again",
     "retries_are_applied_again": "a_write_is_tried_again_after_a_restart",
+    "retries_count_again": "a_create_whose_answer_is_lost_counts_once",
     "retries_elsewhere_look_new": "a_copy_of_a_failed_removal_waits_at_another_server",
     "retries_get_new_sequences": "a_write_is_tried_again_after_a_restart",
     "sessions_do_not_say_since_when": "a_client_is_back_and_one_server_has_not_heard_of_it",
@@ -120,6 +126,7 @@ DIRECTED: dict[str, str] = {
     "versions_are_used_again": "the_leader_dies_after_a_change_and_a_client_is_new",
     "waiting_targets_stay_so": "a_replica_is_away_for_long",
     "writers_are_forgotten_on_restart": "a_write_is_tried_again_after_a_restart",
+    "writers_are_not_told_of_room": "two_writers_use_a_quota_up",
     "wrong_chunk_is_sent": "a_replica_is_away_for_long",
 }
 

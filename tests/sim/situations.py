@@ -75,6 +75,7 @@ def load_all() -> dict[str, Situation]:
         situation_recovery,
         situation_removal,
         situation_replica,
+        situation_trees,
     )
 
     parts = (
@@ -88,6 +89,7 @@ def load_all() -> dict[str, Situation]:
         situation_files,
         situation_names,
         situation_metas,
+        situation_trees,
     )
     assert all(part.__doc__ for part in parts)
     return SITUATIONS

@@ -252,6 +252,7 @@ class FakeMeta(FakeNode):
         self.sessions = Counter()
         self.requests = {}  # RequestId -> remembered answer
         self.settled = []
+        self.quota_bytes = None
         self.next = 2
         methods = {
             mc.LOOKUP: self.lookup,
@@ -361,7 +362,7 @@ class FakeMeta(FakeNode):
         else:
             inode = self.cut(number, 0) if r.truncate else self.get(number)
         self.sessions[inode.id, r.session] += 1
-        return mc.InodeAnswer(inode)
+        return mc.InodeAnswer(inode, self.room())
 
     def mknod(self, r):
         return mc.InodeAnswer(self.add(r.parent, r.name, r.mode))
@@ -392,7 +393,14 @@ class FakeMeta(FakeNode):
     def open(self, r):
         inode = self.cut(r.inode, 0) if r.truncate else self.get(r.inode)
         self.sessions[r.inode, r.session] += 1
-        return mc.InodeAnswer(inode)
+        return mc.InodeAnswer(inode, self.room())
+
+    def room(self, want=0):
+        """All files are under one quota, if any."""
+        if self.quota_bytes is None:
+            return None
+        left = max(0, self.quota_bytes - sum(inode.length for inode in self.inodes.values()))
+        return min(left, max(left // 8, 4096, want))
 
     def settle(self, r):
         self.settled.append(r)
@@ -404,7 +412,7 @@ class FakeMeta(FakeNode):
             fields["mtime_ns"] = 777 if r.mtime_ns is None else r.mtime_ns
         if r.close:
             del self.sessions[r.inode, r.session]
-        return mc.InodeAnswer(self.change(r.inode, **fields))
+        return mc.InodeAnswer(self.change(r.inode, **fields), self.room(r.want))
 
     def readdir(self, r):
         found = sorted(n for p, n in self.names if p == r.inode and n > r.after)

@@ -7,8 +7,9 @@ from msgspec.structs import replace
 from emberfs.deploy.fsck import Fsck, Options, Report
 from emberfs.deploy.fsck_chunks import FreeBlocks, ReplaceReplica
 from emberfs.kv import keys
-from emberfs.meta import mend, records, schema
+from emberfs.meta import mend, quota_census, records, schema
 from emberfs.proto import meta_calls as calls
+from emberfs.proto import quota_calls
 from emberfs.proto.cluster import Chain, ChainTarget
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
@@ -40,6 +41,10 @@ class WorldRecords:
 
     async def census(self) -> calls.CensusAnswer:
         return await records.census(self.world.context, calls.CensusRequest())
+
+    async def quota_census(self) -> quota_calls.QuotaCensusAnswer:
+        request = quota_calls.QuotaCensusRequest()
+        return await quota_census.census(self.world.context, request)
 
     async def mend(self, wanted: calls.Mend) -> None:
         await mend.mend(self.world.context, calls.MendRequest(self.world.rid(), wanted))

@@ -28,7 +28,7 @@ from emberfs.proto.cluster import (
 )
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
-from emberfs.proto.ids import ROOT_INODE, ChainId, InodeId, KiB
+from emberfs.proto.ids import ROOT_INODE, TRASH_INODE, ChainId, InodeId, KiB
 from emberfs.runtime.real import RealEnv
 
 ROOT = calls.Caller(0, 0)
@@ -310,10 +310,14 @@ class World:
                 assert inodes[entry.inode].parent == parent
         sessions = {keys.unpack_session_key(k)[0] for k, _ in self.rows(keys.Prefix.SESSION)}
         assert sessions <= set(inodes), "session without inode"
+        removed = {keys.unpack_inode_suffix(key) for key, _ in self.rows(keys.Prefix.REMOVED)}
+        assert removed == {i.id for i in inodes.values() if i.is_directory() and not i.parent}
         for number, inode in inodes.items():
-            if inode.is_directory():
+            if number in removed:
+                assert not names[number]
+            elif inode.is_directory():
                 assert inode.nlink == 2 + subdirectories[number]
-                assert names[number] == (number != ROOT_INODE)
+                assert names[number] == (number not in (ROOT_INODE, TRASH_INODE))
             else:
                 assert inode.nlink == names[number]
                 assert inode.nlink or number in sessions, "an orphan that nobody collects"
@@ -322,6 +326,11 @@ class World:
                 assert int.from_bytes(key[1:9], "big") in inodes, "a record without inode"
         for key, _ in self.rows(keys.Prefix.DELETED):
             assert keys.unpack_inode_suffix(key) not in inodes
+        in_trash = sum(
+            int.from_bytes(key[1:9], "big") == TRASH_INODE
+            for key, _ in self.rows(keys.Prefix.ENTRY)
+        )
+        assert len(self.rows(keys.Prefix.TRASH)) == in_trash
         count = self.store.get(keys.INODE_COUNT_KEY)
         assert int.from_bytes(count or b"", "little") == len(inodes)
         replies = self.rows(keys.Prefix.REPLY)

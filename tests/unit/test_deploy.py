@@ -45,6 +45,7 @@ def test_every_service_accepts_what_the_plan_writes(tmp_path: Path) -> None:
         ports.add(config.metrics_port)
     assert len(ports) == 6
     assert service_settings(plan, "storage2")["node"] == 12
+    assert service_settings(plan, "storage2")["services_on_disk"] == 3, "they share one disk"
 
 
 def test_several_metadata_servers_have_names_ids_and_ports_of_their_own(tmp_path: Path) -> None:

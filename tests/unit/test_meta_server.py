@@ -11,6 +11,7 @@ from emberfs.fabric.server import Server
 from emberfs.meta.dispatch import BINDINGS, handlers
 from emberfs.meta.server import MetaConfig, check_config
 from emberfs.proto import meta_calls as calls
+from emberfs.proto import quota_calls
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ROOT_INODE, SECOND, SessionId
 from emberfs.proto.method import Method
@@ -18,7 +19,8 @@ from unit.meta_world import CLIENT, ROOT, World, play
 
 
 def test_every_method_has_a_handler() -> None:
-    methods = {m for m in vars(calls).values() if isinstance(m, Method)}
+    named = [*vars(calls).values(), *vars(quota_calls).values()]
+    methods = {m for m in named if isinstance(m, Method)}
     assert {binding.method for binding in BINDINGS} == methods
     assert len({m.number for m in methods}) == len(methods) == len(BINDINGS)
 
