@@ -298,6 +298,8 @@ def meta_load(
     """Fill an empty store from a file. The services must be stopped."""
     count = perform(meta_store.load(RealEnv(), _stores(directory, store, mgmtd_store), file))
     say(f"{count} rows loaded")
+
+
 tree_commands.register(app)
 
 

@@ -17,7 +17,8 @@ import logging
 from msgspec.structs import replace
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction
+from emberfs.kv.transaction import Transaction
+from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.metrics import QUOTA_WALKS
 from emberfs.meta.quota import (

@@ -14,7 +14,8 @@ import stat
 from msgspec.structs import replace
 
 from emberfs.kv import keys
-from emberfs.kv.transaction import Engine, Transaction, unpack_counter
+from emberfs.kv.transaction import Transaction, unpack_counter
+from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.collect import Collector
 from emberfs.meta.metrics import REMOVED_NAMES, REMOVED_WAITING

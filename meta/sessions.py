@@ -21,8 +21,8 @@ from emberfs.meta.attributes import after_write
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
 from emberfs.meta.metrics import SESSIONS_ENDED
-from emberfs.meta.tenure import Tenure
 from emberfs.meta.quota import charge_growth
+from emberfs.meta.tenure import Tenure
 from emberfs.meta.tree import destroy, find_inode, has_sessions, store_inode
 from emberfs.meta.trims import Chunks, Trims
 from emberfs.meta.vanished import Measured, measure
