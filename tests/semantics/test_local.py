@@ -12,6 +12,6 @@ def test_on_local_file_system(case: Case, tmp_path) -> None:
     if getattr(case, "needs_root", False):
         if os.geteuid():
             pytest.skip("needs root")
-        for directory in [tmp_path, *tmp_path.parents][:3]:  # other users must get in
+        for directory in [tmp_path, *tmp_path.parents][:4]:  # other users must get in
             directory.chmod(0o755)
     case(tmp_path)
