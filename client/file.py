@@ -21,7 +21,7 @@ from emberfs.fabric.region import Buffer, Region, Slice
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import NAME_BYTES_MAX, Inode
 from emberfs.proto.ids import SECOND, MiB
-from emberfs.proto.meta_calls import Caller
+from emberfs.proto.meta_calls import SERVER_CLOCK, Caller, explicit_time
 from emberfs.runtime.env import Env
 from emberfs.runtime.real import RealEnv
 
@@ -32,6 +32,7 @@ Memory: TypeAlias = Any
 
 READ_ALL_BYTES = 8 * MiB  # steps of read() to the end
 PAGE_ROWS = 1000
+OPEN_TRIES = 4  # a name may be replaced between looking it up and opening what it led to
 _FLAGS = {
     "r": (True, False),
     "w": (False, True),
@@ -234,13 +235,19 @@ class FileSystem:
     async def _open_existing(
         self, path: bytes, read: bool, write: bool, truncate: bool, direct: bool
     ) -> OpenFile:
-        inode = await self._metadata.resolve(self._caller, path)
-        if inode.is_directory():
-            raise EmberfsError(Code.IS_DIRECTORY, "a directory is listed, not opened")
-        _, file = await self._files.open(
-            self._caller, inode.id, read=read, write=write, truncate=truncate, direct=direct
-        )
-        return file
+        for tries_left in reversed(range(OPEN_TRIES)):
+            inode = await self._metadata.resolve(self._caller, path)
+            if inode.is_directory():
+                raise EmberfsError(Code.IS_DIRECTORY, "a directory is listed, not opened")
+            try:
+                _, file = await self._files.open(
+                    self._caller, inode.id, read=read, write=write, truncate=truncate, direct=direct
+                )
+                return file
+            except EmberfsError as problem:
+                if problem.code != Code.NOT_FOUND or not tries_left:
+                    raise
+        raise AssertionError("unreachable")
 
     async def _create(
         self, path: bytes, permissions: int, read: bool, kind: str, direct: bool
@@ -303,7 +310,9 @@ class FileSystem:
 
     async def utime(self, path: Path, ns: tuple[int, int] | None = None) -> None:
         """Set (atime, mtime) in ns since 1970; None: now."""
-        atime_ns, mtime_ns = ns or (-1, -1)
+        atime_ns = mtime_ns = SERVER_CLOCK
+        if ns is not None:
+            atime_ns, mtime_ns = map(explicit_time, ns)
         await self._setattr(path, atime_ns=atime_ns, mtime_ns=mtime_ns)
 
     async def truncate(self, path: Path, length: int) -> None:

@@ -16,9 +16,9 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, RequestContext
 
 from emberfs.client.callers import ROOT, Callers
-from emberfs.client.fuse_attributes import attributes, bare_entry, changes, space
+from emberfs.client.fuse_attributes import Changes, attributes, bare_entry, changes, space, touched
 from emberfs.client.fuse_metrics import FuseMetrics
-from emberfs.client.fuse_requests import Requests, handler
+from emberfs.client.fuse_requests import Requests, handler, looked_up_anew
 from emberfs.client.handles import (
     PAGE_ROWS,
     DirectoryHandle,
@@ -27,11 +27,11 @@ from emberfs.client.handles import (
     KnownInodes,
     version,
 )
-from emberfs.client.metadata import Metadata
+from emberfs.client.metadata import NO_SESSION, Metadata
 from emberfs.client.openfile import OpenFile, OpenFiles
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import XATTR_NAME_BYTES_MAX, Inode
-from emberfs.proto.ids import SECOND, InodeId
+from emberfs.proto.ids import SECOND, InodeId, SessionId
 from emberfs.proto.meta_calls import ReaddirRow
 from emberfs.runtime.env import Env
 
@@ -106,12 +106,17 @@ class EmberOperations(pyfuse3.Operations):
             return self._attributes(await self._inode(inode))
         if "length" in wanted or "mtime_ns" in wanted:
             self._known.of(inode).cached = None
-        caller = self._callers.of(ctx)
+        session = NO_SESSION
         if fh is not None and "length" in wanted:
             session = self._open.get(fh).file.session
-            found = await self._files.setattr(caller, InodeId(inode), session=session, **wanted)
-        else:
-            found = await self._files.setattr(caller, InodeId(inode), **wanted)
+        try:
+            with looked_up_anew():
+                found = await self._set(inode, wanted, session, ctx)
+        except EmberfsError as problem:
+            now = touched(wanted, self.requests.env.wall_ns())
+            if problem.code != Code.NOT_PERMITTED or now is None:
+                raise
+            found = await self._set(inode, now, session, ctx)
         return self._attributes(found)
 
     @handler
@@ -199,14 +204,15 @@ class EmberOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a regular file; O_TRUNC comes along (FUSE_CAP_ATOMIC_O_TRUNC)."""
         read, write = self._access_mode(flags)
-        found, file = await self._files.open(
-            self._callers.of(ctx),
-            InodeId(inode),
-            read=read,
-            write=write,
-            truncate=bool(flags & os.O_TRUNC),
-            direct=bool(flags & os.O_DIRECT),
-        )
+        with looked_up_anew():
+            found, file = await self._files.open(
+                self._callers.of(ctx),
+                InodeId(inode),
+                read=read,
+                write=write,
+                truncate=bool(flags & os.O_TRUNC),
+                direct=bool(flags & os.O_DIRECT),
+            )
         return self._handle(found, file, flags, ctx.uid)
 
     @handler
@@ -352,15 +358,22 @@ class EmberOperations(pyfuse3.Operations):
 
     # ------------------------------------------------------------ pieces
 
+    async def _set(
+        self, inode: int, wanted: Changes, session: SessionId, ctx: RequestContext
+    ) -> Inode:
+        caller = self._callers.of(ctx)
+        return await self._files.setattr(caller, InodeId(inode), session=session, **wanted)
+
     async def _inode(self, inode: int) -> Inode:
         """Attributes now. A directory that was removed while somebody stands in it has no names."""
         try:
             return self._files.merged(await self._metadata.getattr(InodeId(inode)))
         except EmberfsError as problem:
             directory = self._known.of(inode).directory
-            if problem.code != Code.NOT_FOUND or directory is None:
+            if problem.code == Code.NOT_FOUND and directory is not None:
+                return msgspec.structs.replace(directory, nlink=0)
+            with looked_up_anew():
                 raise
-            return msgspec.structs.replace(directory, nlink=0)
 
     def _attributes(self, inode: Inode) -> EntryAttributes:
         self._known.tell(inode)

@@ -15,9 +15,7 @@ from emberfs.meta.permission import (
 )
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
-from emberfs.proto.meta_calls import Caller, SetattrRequest
-
-SERVER_CLOCK = -1
+from emberfs.proto.meta_calls import SERVER_CLOCK, Caller, SetattrRequest
 
 
 def with_attributes(inode: Inode, request: SetattrRequest, now_ns: int) -> Inode:
@@ -65,8 +63,8 @@ def _with_times(before: Inode, inode: Inode, request: SetattrRequest, now_ns: in
     atime_ns, mtime_ns = request.atime_ns, request.mtime_ns
     if atime_ns is None and mtime_ns is None:
         return inode
-    explicit = any(t not in (None, SERVER_CLOCK) for t in (atime_ns, mtime_ns))
-    if explicit:
+    touched = atime_ns == mtime_ns == SERVER_CLOCK  # one of the two alone is for owners
+    if not touched:
         require_owner(before, request.caller)
     elif request.caller.uid != before.uid:
         require(before, request.caller, WRITE)

@@ -83,6 +83,8 @@ def _check_name(name: bytes) -> None:
         raise EmberfsError(
             Code.RANGE, f"an attribute name has 1 to {XATTR_NAME_BYTES_MAX} bytes, no zero byte"
         )
+    if name in (_USER, _TRUSTED, _SECURITY):
+        raise EmberfsError(Code.INVALID, f"{name!r}: an attribute needs a name behind its space")
     if not name.startswith((_USER, _TRUSTED, _SECURITY)):
         raise EmberfsError(
             Code.UNSUPPORTED, f"{name!r}: only user.*, trusted.* and security.* are stored"

@@ -13,6 +13,13 @@ from emberfs.proto.files import Inode
 from emberfs.proto.ids import InodeId, SessionId
 from emberfs.proto.method import Method
 
+SERVER_CLOCK = -1  # as a time: now, by the clock of the server
+
+
+def explicit_time(stamp_ns: int) -> int:
+    """A time as it is sent: the last nanosecond before 1970 means the clock, so one earlier."""
+    return stamp_ns if stamp_ns != SERVER_CLOCK else SERVER_CLOCK - 1
+
 
 class Caller(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """On whose behalf: permission checks are the server's. uid 0 passes them all."""
@@ -75,7 +82,7 @@ class GetattrRequest(msgspec.Struct, frozen=True, gc=False):
 class SetattrRequest(msgspec.Struct, frozen=True, gc=False):
     """Change attributes; None leaves one alone. A new length truncates (server-side, chunks too).
 
-    `now_ns` fields: -1 means the server's clock.
+    Times may be SERVER_CLOCK. Both of them: whoever may write may ask for that (utimensat(2)).
     """
 
     caller: Caller

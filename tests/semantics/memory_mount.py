@@ -1,7 +1,8 @@
 """A process that mounts the in-memory cluster: python -m semantics.memory_mount DIR [words].
 
 Words: stock (pyfuse3's own asyncio adapter), plain (no uvloop), workers=N, writeback, log,
-hasty (deadline 1 s), real (real meta and file library, see real_meta.py). Looking up a name that begins with "hole" never ends.
+hasty (deadline 1 s), real (real meta and file library, see real_meta.py). Looking up a name that
+begins with "hole" never ends.
 """
 
 import asyncio

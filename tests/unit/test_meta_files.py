@@ -558,11 +558,12 @@ def test_who_may_change_what() -> None:
         assert (await w.setattr(f, ALICE, uid=ALICE.uid)).uid == ALICE.uid
         touched = await w.setattr(f, BOB, mtime_ns=-1, atime_ns=-1)  # he may write
         assert abs(touched.mtime_ns - w.env.wall_ns()) < 10 * SECOND
+        await fails(refused, w.setattr(f, BOB, mtime_ns=-1))  # both or none: utimensat(2)
         timed = await w.setattr(f, ALICE, mtime_ns=123_456_789, atime_ns=0)
         assert (timed.mtime_ns, timed.atime_ns) == (123_456_789, 0)
         assert timed.ctime_ns > 123_456_789
         await w.setattr(f, ALICE, mode=0o400)
-        await fails(Code.ACCESS, w.setattr(f, BOB, mtime_ns=-1))
+        await fails(Code.ACCESS, w.setattr(f, BOB, mtime_ns=-1, atime_ns=-1))
         await fails(Code.ACCESS, w.setattr(f, BOB, length=0))
         assert (await w.setattr(f, uid=BOB.uid, gid=9)).uid == BOB.uid
         link = await w.symlink(b"l", b"t")
