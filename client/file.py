@@ -258,7 +258,8 @@ class FileSystem:
                 self._caller,
                 parent.id,
                 name,
-                permissions & ~self._umask,
+                permissions,
+                umask=self._umask,
                 read=read,
                 write=True,
                 exclusive=kind == "x",
@@ -395,8 +396,8 @@ class FileSystem:
         where = clean(path)
         with translated(where):
             parent, name = await self._parent(where)
-            wanted = st.S_IFDIR | mode & ~self._umask
-            await self._metadata.mknod(self._caller, parent.id, name, wanted)
+            wanted = st.S_IFDIR | st.S_IMODE(mode)
+            await self._metadata.mknod(self._caller, parent.id, name, wanted, umask=self._umask)
 
     async def makedirs(self, path: Path, mode: int = 0o777, *, exist_ok: bool = False) -> None:
         """Make a directory and what is missing above it."""

@@ -36,6 +36,7 @@ from emberfs.proto.meta_calls import ReaddirRow
 from emberfs.runtime.env import Env
 
 CAPABILITY = b"security.capability"
+ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
 class CachePolicy(NamedTuple):
@@ -45,13 +46,13 @@ class CachePolicy(NamedTuple):
     entry_timeout_s: float = 1.0
     writeback: bool = False  # the kernel gathers small writes; other clients see them later
     request_timeout_ns: int = 60 * SECOND
+    acl: bool = False  # the kernel enforces POSIX ACLs; mountpoint.mount_with_acl
 
 
 class EmberOperations(pyfuse3.Operations):
     """The request handlers of one mount."""
 
     supports_dot_lookup = True
-    enable_acl = False
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class EmberOperations(pyfuse3.Operations):
         self.metrics = metrics or FuseMetrics()
         self.requests = Requests(env, self.metrics, policy.request_timeout_ns)
         self.enable_writeback_cache = policy.writeback
+        self.enable_acl = policy.acl
         self._metadata = metadata
         self._files = files
         self._policy = policy
@@ -135,7 +137,10 @@ class EmberOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Make a fifo, socket, device or empty file."""
         caller = self._callers.of(ctx)
-        return self._entry(await self._metadata.mknod(caller, InodeId(parent), name, mode, rdev))
+        found = await self._metadata.mknod(
+            caller, InodeId(parent), name, mode, rdev, umask=ctx.umask
+        )
+        return self._entry(found)
 
     @handler
     async def mkdir(
@@ -144,7 +149,8 @@ class EmberOperations(pyfuse3.Operations):
         """Make a directory."""
         caller = self._callers.of(ctx)
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        return self._entry(await self._metadata.mknod(caller, InodeId(parent), name, mode))
+        found = await self._metadata.mknod(caller, InodeId(parent), name, mode, umask=ctx.umask)
+        return self._entry(found)
 
     @handler
     async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
@@ -226,6 +232,7 @@ class EmberOperations(pyfuse3.Operations):
             InodeId(parent),
             name,
             stat.S_IMODE(mode),
+            umask=ctx.umask,
             read=read,
             write=write,
             exclusive=bool(flags & os.O_EXCL),
@@ -323,18 +330,22 @@ class EmberOperations(pyfuse3.Operations):
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set one; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE by a getxattr."""
-        _check_xattr_name(name)
-        self._known.of(inode).no_capability = False
+        self._check_xattr_name(name)
+        self._forget_xattr(inode, name)
         await self._metadata.setxattr(self._callers.of(ctx), InodeId(inode), name, value)
+        self._forget_xattr(inode, name)  # an answer from before may have arrived meanwhile
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Value of one.
 
         The kernel asks for security.capability before every write; that it is absent is remembered
-        (it would have no effect: the mount is nosuid).
+        (it would have no effect: the mount is nosuid). It asks for ACLs once for every time that it
+        has asked for attributes, and those tell when there are none.
         """
-        _check_xattr_name(name)
+        self._check_xattr_name(name)
+        if name in ACLS and self._known.of(inode).no_acl:
+            raise pyfuse3.FUSEError(errno.ENODATA)
         known = self._known.of(inode) if name == CAPABILITY else None
         if known is not None and known.no_capability:
             raise pyfuse3.FUSEError(errno.ENODATA)
@@ -353,10 +364,25 @@ class EmberOperations(pyfuse3.Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove one."""
-        _check_xattr_name(name)
+        self._check_xattr_name(name)
         await self._metadata.setxattr(self._callers.of(ctx), InodeId(inode), name, None)
+        self._forget_xattr(inode, name)
 
     # ------------------------------------------------------------ pieces
+
+    def _check_xattr_name(self, name: bytes) -> None:
+        if name in ACLS and not self._policy.acl:  # the kernel would not enforce them
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+        if len(name) > XATTR_NAME_BYTES_MAX:
+            raise pyfuse3.FUSEError(errno.ERANGE)
+
+    def _forget_xattr(self, inode: int, name: bytes) -> None:
+        """What is remembered of an attribute may be wrong from now on."""
+        known = self._known.of(inode)
+        if name == CAPABILITY:
+            known.no_capability = False
+        elif name in ACLS:
+            known.no_acl = False
 
     async def _set(
         self, inode: int, wanted: Changes, session: SessionId, ctx: RequestContext
@@ -465,14 +491,6 @@ def _privilege(mode: int) -> int:
 
 
 _SET_GROUP = stat.S_ISGID | stat.S_IXGRP
-_ACL = b"system.posix_acl_"
-
-
-def _check_xattr_name(name: bytes) -> None:
-    if name.startswith(_ACL):  # kept as plain bytes they would promise what nobody enforces
-        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-    if len(name) > XATTR_NAME_BYTES_MAX:
-        raise pyfuse3.FUSEError(errno.ERANGE)
 
 
 def _drop_attributes(inode: int) -> None:

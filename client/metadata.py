@@ -88,9 +88,19 @@ class Metadata:
         return await self._call(calls.READDIR, request)
 
     async def mknod(
-        self, caller: Caller, parent: InodeId, name: bytes, mode: int, rdev: int = 0
+        self,
+        caller: Caller,
+        parent: InodeId,
+        name: bytes,
+        mode: int,
+        rdev: int = 0,
+        *,
+        umask: int = 0,
     ) -> Inode:
-        """Make a directory (S_IFDIR in mode), fifo, socket, device or empty regular file."""
+        """Make a directory (S_IFDIR in mode), fifo, socket, device or empty regular file.
+
+        The umask counts where the directory has no default ACL.
+        """
         request = calls.MknodRequest(
             caller=caller,
             request=self._request_id(),
@@ -98,6 +108,7 @@ class Metadata:
             name=name,
             mode=mode,
             rdev=rdev,
+            umask=umask,
         )
         return (await self._call(calls.MKNOD, request)).inode
 
@@ -224,6 +235,7 @@ class Metadata:
         write: bool,
         exclusive: bool = False,
         truncate: bool = False,
+        umask: int = 0,
     ) -> Inode:
         """Create and open a regular file, or open an existing one unless `exclusive` (EXISTS)."""
         request = calls.CreateRequest(
@@ -236,6 +248,7 @@ class Metadata:
             write=write,
             exclusive=exclusive,
             truncate=truncate,
+            umask=umask,
         )
         return (await self._call(calls.CREATE, request)).inode
 

@@ -10,6 +10,7 @@ from emberfs.meta.permission import (
     in_group,
     only_drops_set_id,
     require,
+    require_mutable,
     require_owner,
     without_set_id,
 )
@@ -23,10 +24,22 @@ def with_attributes(inode: Inode, request: SetattrRequest, now_ns: int) -> Inode
 
     Raises NOT_PERMITTED, ACCESS, or UNSUPPORTED (mode of a symlink).
     """
+    if not _is_strip(inode, request):
+        require_mutable(inode)
     changed = _with_owner(inode, request)
     changed = _with_mode(changed, request)
     changed = _with_times(inode, changed, request, now_ns)
     return replace(changed, ctime_ns=now_ns)
+
+
+def _is_strip(inode: Inode, request: SetattrRequest) -> bool:
+    """What a write through a descriptor brings about, or a new length, which is checked apart."""
+    others = (request.uid, request.gid, request.atime_ns, request.mtime_ns)
+    if any(field is not None for field in others):
+        return False
+    return request.mode is None or only_drops_set_id(
+        stat.S_IMODE(inode.mode), stat.S_IMODE(request.mode)
+    )
 
 
 def _with_owner(inode: Inode, request: SetattrRequest) -> Inode:

@@ -63,7 +63,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
         else:
             require(parent, request.caller, WRITE)
             mode = stat.S_IFREG | stat.S_IMODE(request.mode)
-            inode = new_inode(context, taken, parent, request.caller, mode)
+            inode = new_inode(context, taken, parent, request.caller, mode, umask=request.umask)
             await add_name(txn, context, parent, request.name, inode)
         _add_session(
             txn,

@@ -15,6 +15,7 @@ SYMLINK_BYTES_MAX = 4095
 XATTR_NAME_BYTES_MAX = 255
 XATTR_VALUE_BYTES_MAX = 65_536
 LINK_COUNT_MAX = 65_535
+IMMUTABLE = 1  # a flag of an inode: nobody changes, renames, links or removes it
 FILE_BYTES_MAX = (1 << 63) - 1
 
 
@@ -45,6 +46,11 @@ class Inode(msgspec.Struct, frozen=True, gc=False):
     parent: InodeId = InodeId(0)  # directories only: what ".." is
     symlink: bytes = b""
     torn: bool = False  # a write that failed may have left bytes behind the end
+    flags: int = 0
+    acl: bytes = (
+        b""  # access list in the kernel's form, if it says more than the mode (meta/acl.py)
+    )
+    default_acl: bytes = b""  # directories only: what new names in it inherit
 
     def is_directory(self) -> bool:
         """Tell a directory."""

@@ -108,11 +108,12 @@ class CreateRequest(msgspec.Struct, frozen=True, gc=False):
     request: RequestId
     parent: BoundedInode
     name: bytes
-    mode: U32  # permission bits, umask already applied
+    mode: U32  # permission bits
     session: BoundedSession
     write: bool
     exclusive: bool = False
     truncate: bool = False
+    umask: U32 = 0  # of the caller; a default ACL takes its place
 
 
 class MknodRequest(msgspec.Struct, frozen=True, gc=False):
@@ -122,8 +123,9 @@ class MknodRequest(msgspec.Struct, frozen=True, gc=False):
     request: RequestId
     parent: BoundedInode
     name: bytes
-    mode: U32  # type and permission bits, umask already applied
+    mode: U32  # type and permission bits
     rdev: U64 = 0
+    umask: U32 = 0  # of the caller; a default ACL takes its place
 
 
 class SymlinkRequest(msgspec.Struct, frozen=True, gc=False):

@@ -27,7 +27,8 @@ async def serve(place: str, words: list[str]) -> None:
     timeout_ns = 1_000_000_000 if "hasty" in words else 60_000_000_000
     operations = EmberOperations(
         env, metadata, files,
-        CachePolicy(request_timeout_ns=timeout_ns, writeback="writeback" in words),
+        CachePolicy(request_timeout_ns=timeout_ns, writeback="writeback" in words,
+                    acl="real" in words),
     )  # fmt: skip
     for word in words:
         if word.startswith("workers="):

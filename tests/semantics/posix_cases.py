@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from types import ModuleType
 
 from semantics import (
+    posix_acls,
     posix_attributes,
     posix_contents,
+    posix_flags,
     posix_links,
     posix_listings,
     posix_names,
@@ -30,6 +32,8 @@ _RULES = (
     posix_links,
     posix_xattrs,
     posix_opening,
+    posix_acls,
+    posix_flags,
 )
 
 

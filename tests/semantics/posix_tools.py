@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import stat
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,14 @@ Case = Callable[[Path], None]
 
 KiB, MiB = 1 << 10, 1 << 20
 NOREPLACE, EXCHANGE = 1, 2
+
+
+@contextlib.contextmanager
+def open_place() -> Iterator[Path]:
+    """A directory that every user reaches; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="emberfs-posix-", ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
 def needs_root(case: Case) -> Case:

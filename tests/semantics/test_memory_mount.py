@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from semantics import posix_acls
 from semantics.mounting import mounted, needs_fuse
 from semantics.posix_cases import Case, cases, simple_cases
+from semantics.posix_tools import open_place
 
 
 @pytest.fixture(scope="module", params=["plain", "writeback"])
-def mount(request, tmp_path_factory) -> Iterator[Path]:
-    place = tmp_path_factory.mktemp("mount")
+def mount(request) -> Iterator[Path]:
     words = [] if request.param == "plain" else [request.param]
-    with mounted(place, *words) as daemon:
+    with open_place() as place, mounted(place, *words) as daemon:
         yield daemon.place
 
 
 @pytest.fixture(scope="module")
-def real_meta_mount(tmp_path_factory) -> Iterator[Path]:
-    with mounted(tmp_path_factory.mktemp("mount"), "real") as daemon:
+def real_meta_mount() -> Iterator[Path]:
+    with open_place() as place, mounted(place, "real") as daemon:
         yield daemon.place
 
 
@@ -39,8 +40,11 @@ def test_on_real_meta(case: Case, real_meta_mount: Path) -> None:
 def _run(case: Case, mount: Path) -> None:
     if os.geteuid():
         pytest.skip("needs root: other users must get in")
-    for directory in [mount, *mount.parents][:4]:
-        directory.chmod(0o755)
     root = mount / case.__name__
     root.mkdir()
     case(root)
+
+
+@needs_fuse
+def test_acl_cases_are_not_skipped(real_meta_mount: Path) -> None:
+    assert posix_acls.has_acls(real_meta_mount)

@@ -647,7 +647,7 @@ def test_xattrs() -> None:
         await fails(Code.EXISTS, w.set_xattr(f, b"user.a", b"1", 1))
         await fails(Code.ACCESS, w.set_xattr(f, b"user.a", b"1", who=ALICE))
         await fails(Code.NOT_PERMITTED, w.set_xattr(f, b"security.x", b"1", who=ALICE))
-        await fails(Code.UNSUPPORTED, w.set_xattr(f, b"system.posix_acl_access", b"1"))
+        await fails(Code.INVALID, w.set_xattr(f, b"system.posix_acl_access", b"1"))
         await fails(Code.RANGE, w.set_xattr(f, b"user." + b"n" * 251, b"1"))
         await fails(Code.TRANSACTION_TOO_LARGE, w.set_xattr(f, b"user.c", bytes(65_537)))
         await w.set_xattr(f, b"user.c", bytes(65_536))
