@@ -156,6 +156,7 @@ class OpenFiles:
                 name,
                 mode,
                 session=session,
+                read=read,
                 write=write,
                 exclusive=exclusive,
                 truncate=truncate,

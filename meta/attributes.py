@@ -6,9 +6,7 @@ from msgspec.structs import replace
 
 from emberfs.meta.permission import (
     WRITE,
-    allows,
     in_group,
-    only_drops_set_id,
     require,
     require_mutable,
     require_owner,
@@ -24,22 +22,13 @@ def with_attributes(inode: Inode, request: SetattrRequest, now_ns: int) -> Inode
 
     Raises NOT_PERMITTED, ACCESS, or UNSUPPORTED (mode of a symlink).
     """
-    if not _is_strip(inode, request):
+    asked = (request.mode, request.uid, request.gid, request.atime_ns, request.mtime_ns)
+    if any(field is not None for field in asked):  # a length alone was looked at before
         require_mutable(inode)
     changed = _with_owner(inode, request)
     changed = _with_mode(changed, request)
     changed = _with_times(inode, changed, request, now_ns)
     return replace(changed, ctime_ns=now_ns)
-
-
-def _is_strip(inode: Inode, request: SetattrRequest) -> bool:
-    """What a write through a descriptor brings about, or a new length, which is checked apart."""
-    others = (request.uid, request.gid, request.atime_ns, request.mtime_ns)
-    if any(field is not None for field in others):
-        return False
-    return request.mode is None or only_drops_set_id(
-        stat.S_IMODE(inode.mode), stat.S_IMODE(request.mode)
-    )
 
 
 def _with_owner(inode: Inode, request: SetattrRequest) -> Inode:
@@ -65,8 +54,7 @@ def _with_mode(inode: Inode, request: SetattrRequest) -> Inode:
         raise EmberfsError(Code.UNSUPPORTED, "the mode of a symbolic link cannot be changed")
     caller = request.caller
     mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(request.mode)
-    if not (only_drops_set_id(inode.mode, mode) and allows(inode, caller, WRITE)):
-        require_owner(inode, caller)
+    require_owner(inode, caller)
     if caller.uid != 0 and not in_group(caller, inode.gid):
         mode &= ~stat.S_ISGID
     return replace(inode, mode=mode)

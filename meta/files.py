@@ -87,7 +87,9 @@ async def _open_existing(
         raise EmberfsError(Code.EXISTS, f"{request.name!r} exists")
     inode = await load_inode(txn, inode_id)
     _check_openable(inode)
-    require(inode, request.caller, WRITE if request.write or request.truncate else READ)
+    changes = request.write or request.truncate
+    reads = request.read or not changes
+    require(inode, request.caller, (WRITE if changes else 0) | (READ if reads else 0))
     if request.truncate:
         inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
         store_inode(txn, inode)

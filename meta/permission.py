@@ -15,8 +15,6 @@ READ = 4
 WRITE = 2
 EXECUTE = 1
 
-_SET_ID = stat.S_ISUID | stat.S_ISGID
-
 
 def allows(inode: Inode, caller: Caller, want: int) -> bool:
     """Tell whether mode bits and access list grant all of `want`."""
@@ -108,8 +106,3 @@ def created_owner(parent: Inode, caller: Caller, mode: int) -> tuple[int, int]:
     elif mode & stat.S_IXGRP and caller.uid != 0 and not in_group(caller, parent.gid):
         mode &= ~stat.S_ISGID
     return parent.gid, mode
-
-
-def only_drops_set_id(old: int, new: int) -> bool:
-    """Tell the mode change that the kernel asks for when an unprivileged user writes."""
-    return (old ^ new) & ~_SET_ID == 0 and new & ~old == 0

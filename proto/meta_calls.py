@@ -114,6 +114,7 @@ class CreateRequest(msgspec.Struct, frozen=True, gc=False):
     exclusive: bool = False
     truncate: bool = False
     umask: U32 = 0  # of the caller; a default ACL takes its place
+    read: bool = False  # an existing file must be readable, too; implied without write and truncate
 
 
 class MknodRequest(msgspec.Struct, frozen=True, gc=False):

@@ -550,6 +550,7 @@ def test_who_may_change_what() -> None:
         f = (await w.file(b"f", d, ALICE, mode=0o666)).id
         refused = Code.NOT_PERMITTED
         await fails(refused, w.setattr(f, BOB, mode=0o600))
+        await fails(refused, w.setattr(f, BOB, mode=0o666))  # nor the one it has: from the model
         await fails(refused, w.setattr(f, BOB, uid=BOB.uid))
         await fails(refused, w.setattr(f, ALICE, uid=BOB.uid))
         await fails(refused, w.setattr(f, ALICE, gid=BOB.gid))
@@ -597,8 +598,7 @@ def test_set_id_bits_go_with_owners_and_writes() -> None:
         await w.setattr(f, ALICE, length=1)
         assert await mode(f) == 0o775
         f = await fresh(b"d")
-        await w.setattr(f, calls.Caller(3, 50), mode=0o775)  # as the kernel asks for a write
-        assert await mode(f) == 0o775
+        await fails(Code.NOT_PERMITTED, w.setattr(f, calls.Caller(3, 50), mode=0o775))
         f = await fresh(b"e")
         await w.setattr(f, gid=BOB.gid)
         await w.setattr(f, ALICE, mode=0o2775)  # she is no member: no set-group-id
@@ -687,3 +687,18 @@ def test_statfs_counts_the_smallest_replica_of_each_chain() -> None:
 
 def test_the_clock_of_the_world_is_real() -> None:
     assert abs(World().env.now_ns() - RealEnv().now_ns()) < SECOND
+
+
+def test_create_of_an_existing_file_to_read_and_write_needs_both_rights() -> None:
+    """open(2) with O_CREAT | O_RDWR: found by the model; only writing was looked at."""
+
+    async def scene(w: World) -> None:
+        await w.setattr(ROOT_INODE, mode=0o777)
+        await w.file(b"f", who=ALICE, mode=0o222)
+        await fails(Code.ACCESS, w.create(b"f", who=BOB, read=True))
+        await w.create(b"f", who=BOB)
+        await w.file(b"g", who=ALICE, mode=0o444)
+        await fails(Code.ACCESS, w.create(b"g", who=BOB, read=True))
+        await w.create(b"g", who=BOB, read=True, write=False)
+
+    play(scene)
