@@ -22,7 +22,7 @@ from emberfs.fabric.region import Buffer, Region, Slice
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import NAME_BYTES_MAX, Inode
 from emberfs.proto.ids import SECOND, MiB
-from emberfs.proto.meta_calls import Caller
+from emberfs.proto.meta_calls import SERVER_CLOCK, Caller, explicit_time
 from emberfs.proto.quota_calls import QuotaReport
 from emberfs.runtime.env import Env
 from emberfs.runtime.real import RealEnv
@@ -34,6 +34,7 @@ Memory: TypeAlias = Any
 
 READ_ALL_BYTES = 8 * MiB  # steps of read() to the end
 PAGE_ROWS = 1000
+OPEN_TRIES = 4  # a name may be replaced between looking it up and opening what it led to
 _FLAGS = {
     "r": (True, False),
     "w": (False, True),
@@ -237,13 +238,19 @@ class FileSystem:
     async def _open_existing(
         self, path: bytes, read: bool, write: bool, truncate: bool, direct: bool
     ) -> OpenFile:
-        inode = await self._metadata.resolve(self._caller, path)
-        if inode.is_directory():
-            raise EmberfsError(Code.IS_DIRECTORY, "a directory is listed, not opened")
-        _, file = await self._files.open(
-            self._caller, inode.id, read=read, write=write, truncate=truncate, direct=direct
-        )
-        return file
+        for tries_left in reversed(range(OPEN_TRIES)):
+            inode = await self._metadata.resolve(self._caller, path)
+            if inode.is_directory():
+                raise EmberfsError(Code.IS_DIRECTORY, "a directory is listed, not opened")
+            try:
+                _, file = await self._files.open(
+                    self._caller, inode.id, read=read, write=write, truncate=truncate, direct=direct
+                )
+                return file
+            except EmberfsError as problem:
+                if problem.code != Code.NOT_FOUND or not tries_left:
+                    raise
+        raise AssertionError("unreachable")
 
     async def _create(
         self, path: bytes, permissions: int, read: bool, kind: str, direct: bool
@@ -254,7 +261,8 @@ class FileSystem:
                 self._caller,
                 parent.id,
                 name,
-                permissions & ~self._umask,
+                permissions,
+                umask=self._umask,
                 read=read,
                 write=True,
                 exclusive=kind == "x",
@@ -306,7 +314,9 @@ class FileSystem:
 
     async def utime(self, path: Path, ns: tuple[int, int] | None = None) -> None:
         """Set (atime, mtime) in ns since 1970; None: now."""
-        atime_ns, mtime_ns = ns or (-1, -1)
+        atime_ns = mtime_ns = SERVER_CLOCK
+        if ns is not None:
+            atime_ns, mtime_ns = map(explicit_time, ns)
         await self._setattr(path, atime_ns=atime_ns, mtime_ns=mtime_ns)
 
     async def truncate(self, path: Path, length: int) -> None:
@@ -393,8 +403,8 @@ class FileSystem:
         where = clean(path)
         with translated(where):
             parent, name = await self._parent(where)
-            wanted = st.S_IFDIR | mode & ~self._umask
-            await self._metadata.mknod(self._caller, parent.id, name, wanted)
+            wanted = st.S_IFDIR | st.S_IMODE(mode)
+            await self._metadata.mknod(self._caller, parent.id, name, wanted, umask=self._umask)
 
     async def makedirs(self, path: Path, mode: int = 0o777, *, exist_ok: bool = False) -> None:
         """Make a directory and what is missing above it."""

@@ -51,6 +51,7 @@ class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     durable_close: bool = True  # close makes written data safe from a power cut, as fsync does
     writeback: bool = False  # the kernel gathers small writes; other clients see them later
     allow_other: bool = True  # other users may enter the mount; only where root mounts
+    acl: bool = True  # POSIX ACLs; only where root mounts
     metrics_port: int = 0
     log_level: str = "INFO"
 
@@ -67,8 +68,12 @@ class Mount:
 
     async def start(self, options: set[str], read_ahead_bytes: int) -> None:
         """Mount and wait until the mount answers. Raises EmberfsError."""
+        place = self._place
+        if self._operations.enable_acl:
+            device = await self._env.run_blocking(lambda: mountpoint.mount_with_acl(place, options))
+            place = f"/dev/fd/{device}"  # libfuse takes it as mounted already
         try:
-            pyfuse3.init(self._operations, self._place, options)
+            pyfuse3.init(self._operations, place, options)
         except RuntimeError as problem:
             raise EmberfsError(
                 Code.CONFIG, f"{self._place}: mounting failed ({problem}); see the line above"
@@ -187,6 +192,7 @@ class FuseService:
             announced_timeout_s=config.announced_timeout_s,
             writeback=config.writeback,
             request_timeout_ns=int(config.request_timeout_s * SECOND),
+            acl=config.acl and os.geteuid() == 0,
         )
         return EmberOperations(self._env, metadata, files, policy, self._metrics, asked_inode)
 

@@ -1,16 +1,16 @@
 """Inodes and space as the kernel wants them, and what it wants changed."""
 
-import errno
 from typing import TypedDict
 
 import pyfuse3
 
 from emberfs.proto.files import NAME_BYTES_MAX, Inode
-from emberfs.proto.ids import KiB
-from emberfs.proto.meta_calls import StatfsAnswer
+from emberfs.proto.ids import SECOND, KiB
+from emberfs.proto.meta_calls import SERVER_CLOCK, StatfsAnswer, explicit_time
 
 BLOCK_BYTES = 4 * KiB
 IO_BYTES = 128 * KiB  # st_blksize: what cp, Python and stdio take as their buffer
+NOW_AGE_NS = 60 * SECOND  # how long a request may have waited
 FREE_INODES = 1 << 32  # there is no limit; programs want to see a number
 
 _SECTOR_BYTES = 512
@@ -80,10 +80,24 @@ def changes(wanted: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> C
     if fields.update_size:
         found["length"] = wanted.st_size
     if fields.update_atime:
-        found["atime_ns"] = _time(wanted.st_atime_ns)
+        found["atime_ns"] = explicit_time(wanted.st_atime_ns)
     if fields.update_mtime:
-        found["mtime_ns"] = _time(wanted.st_mtime_ns)
+        found["mtime_ns"] = explicit_time(wanted.st_mtime_ns)
     return found
+
+
+def touched(wanted: Changes, now_ns: int) -> Changes | None:
+    """The same with the server's clock, if it can be UTIME_NOW for both times.
+
+    pyfuse3 replaces UTIME_NOW by the time of its clock, the same for both. Whoever may write may
+    ask for that, for a time of one's own only the owner may.
+    """
+    atime_ns, mtime_ns = wanted.get("atime_ns"), wanted.get("mtime_ns")
+    if wanted.keys() != {"atime_ns", "mtime_ns"} or atime_ns is None or atime_ns != mtime_ns:
+        return None
+    if not now_ns - NOW_AGE_NS <= atime_ns <= now_ns:
+        return None
+    return Changes(atime_ns=SERVER_CLOCK, mtime_ns=SERVER_CLOCK)
 
 
 def space(answer: StatfsAnswer) -> pyfuse3.StatvfsData:
@@ -98,10 +112,3 @@ def space(answer: StatfsAnswer) -> pyfuse3.StatvfsData:
     data.f_ffree = data.f_favail = free
     data.f_namemax = NAME_BYTES_MAX
     return data
-
-
-def _time(stamp_ns: int) -> int:
-    """-1 means the server's clock to meta, so times before 1970 are refused."""
-    if stamp_ns < 0:
-        raise pyfuse3.FUSEError(errno.EINVAL)
-    return stamp_ns

@@ -17,15 +17,17 @@ from pyfuse3 import EntryAttributes, FileInfo, RequestContext
 
 from emberfs.client.callers import ROOT, Callers
 from emberfs.client.fuse_attributes import (
+    Changes,
     attributes,
     bare_entry,
     changes,
     missing_entry,
     space,
+    touched,
 )
 from emberfs.client.fuse_kernel import FuseKernel, drop_attributes
 from emberfs.client.fuse_metrics import FuseMetrics
-from emberfs.client.fuse_requests import Requests, handler
+from emberfs.client.fuse_requests import Requests, handler, looked_up_anew
 from emberfs.client.handles import (
     PAGE_ROWS,
     DirectoryHandle,
@@ -35,15 +37,16 @@ from emberfs.client.handles import (
     version,
 )
 from emberfs.client.kernelcache import KernelCache, Timeouts
-from emberfs.client.metadata import Metadata
+from emberfs.client.metadata import NO_SESSION, Metadata
 from emberfs.client.openfile import OpenFile, OpenFiles
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import XATTR_NAME_BYTES_MAX, Inode
-from emberfs.proto.ids import SECOND, InodeId
+from emberfs.proto.ids import SECOND, InodeId, SessionId
 from emberfs.proto.meta_calls import ReaddirRow
 from emberfs.runtime.env import Env
 
 CAPABILITY = b"security.capability"
+ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
 class CachePolicy(NamedTuple):
@@ -54,13 +57,13 @@ class CachePolicy(NamedTuple):
     announced_timeout_s: float = 60.0  # both, while every change is announced
     writeback: bool = False  # the kernel gathers small writes; other clients see them later
     request_timeout_ns: int = 60 * SECOND
+    acl: bool = False  # the kernel enforces POSIX ACLs; mountpoint.mount_with_acl
 
 
 class EmberOperations(pyfuse3.Operations):
     """The request handlers of one mount."""
 
     supports_dot_lookup = True
-    enable_acl = False
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class EmberOperations(pyfuse3.Operations):
         self.metrics = metrics or FuseMetrics()
         self.requests = Requests(env, self.metrics, policy.request_timeout_ns)
         self.enable_writeback_cache = policy.writeback
+        self.enable_acl = policy.acl
         self._metadata = metadata
         self._files = files
         self._policy = policy
@@ -131,12 +135,17 @@ class EmberOperations(pyfuse3.Operations):
             return self._attributes(await self._inode(inode), mark)
         if "length" in wanted or "mtime_ns" in wanted:
             self._known.of(inode).cached = None
-        caller = self._callers.of(ctx)
+        session = NO_SESSION
         if fh is not None and "length" in wanted:
             session = self._open.get(fh).file.session
-            found = await self._files.setattr(caller, InodeId(inode), session=session, **wanted)
-        else:
-            found = await self._files.setattr(caller, InodeId(inode), **wanted)
+        try:
+            with looked_up_anew():
+                found = await self._set(inode, wanted, session, ctx)
+        except EmberfsError as problem:
+            now = touched(wanted, self.requests.env.wall_ns())
+            if problem.code != Code.NOT_PERMITTED or now is None:
+                raise
+            found = await self._set(inode, now, session, ctx)
         return self._attributes(found, mark)
 
     @handler
@@ -155,7 +164,9 @@ class EmberOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Make a fifo, socket, device or empty file."""
         caller, mark = self._callers.of(ctx), self.cache.mark()
-        found = await self._metadata.mknod(caller, InodeId(parent), name, mode, rdev)
+        found = await self._metadata.mknod(
+            caller, InodeId(parent), name, mode, rdev, umask=ctx.umask
+        )
         return self._entry(found, parent, name, mark)
 
     @handler
@@ -165,7 +176,7 @@ class EmberOperations(pyfuse3.Operations):
         """Make a directory."""
         caller, mark = self._callers.of(ctx), self.cache.mark()
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        found = await self._metadata.mknod(caller, InodeId(parent), name, mode)
+        found = await self._metadata.mknod(caller, InodeId(parent), name, mode, umask=ctx.umask)
         return self._entry(found, parent, name, mark)
 
     @handler
@@ -227,14 +238,15 @@ class EmberOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a regular file; O_TRUNC comes along (FUSE_CAP_ATOMIC_O_TRUNC)."""
         read, write = self._access_mode(flags)
-        found, file = await self._files.open(
-            self._callers.of(ctx),
-            InodeId(inode),
-            read=read,
-            write=write,
-            truncate=bool(flags & os.O_TRUNC),
-            direct=bool(flags & os.O_DIRECT),
-        )
+        with looked_up_anew():
+            found, file = await self._files.open(
+                self._callers.of(ctx),
+                InodeId(inode),
+                read=read,
+                write=write,
+                truncate=bool(flags & os.O_TRUNC),
+                direct=bool(flags & os.O_DIRECT),
+            )
         return self._handle(found, file, flags, ctx.uid)
 
     @handler
@@ -249,6 +261,7 @@ class EmberOperations(pyfuse3.Operations):
             InodeId(parent),
             name,
             stat.S_IMODE(mode),
+            umask=ctx.umask,
             read=read,
             write=write,
             exclusive=bool(flags & os.O_EXCL),
@@ -346,18 +359,22 @@ class EmberOperations(pyfuse3.Operations):
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set one; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE by a getxattr."""
-        _check_xattr_name(name)
-        self._known.of(inode).no_capability = False
+        self._check_xattr_name(name)
+        self._forget_xattr(inode, name)
         await self._metadata.setxattr(self._callers.of(ctx), InodeId(inode), name, value)
+        self._forget_xattr(inode, name)  # an answer from before may have arrived meanwhile
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Value of one.
 
         The kernel asks for security.capability before every write; that it is absent is remembered
-        (it would have no effect: the mount is nosuid).
+        (it would have no effect: the mount is nosuid). It asks for ACLs once for every time that it
+        has asked for attributes, and those tell when there are none.
         """
-        _check_xattr_name(name)
+        self._check_xattr_name(name)
+        if name in ACLS and self._known.of(inode).no_acl:
+            raise pyfuse3.FUSEError(errno.ENODATA)
         known = self._known.of(inode) if name == CAPABILITY else None
         if known is not None and known.no_capability:
             raise pyfuse3.FUSEError(errno.ENODATA)
@@ -376,10 +393,31 @@ class EmberOperations(pyfuse3.Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove one."""
-        _check_xattr_name(name)
+        self._check_xattr_name(name)
         await self._metadata.setxattr(self._callers.of(ctx), InodeId(inode), name, None)
+        self._forget_xattr(inode, name)
 
     # ------------------------------------------------------------ pieces
+
+    def _check_xattr_name(self, name: bytes) -> None:
+        if name in ACLS and not self._policy.acl:  # the kernel would not enforce them
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+        if len(name) > XATTR_NAME_BYTES_MAX:
+            raise pyfuse3.FUSEError(errno.ERANGE)
+
+    def _forget_xattr(self, inode: int, name: bytes) -> None:
+        """What is remembered of an attribute may be wrong from now on."""
+        known = self._known.of(inode)
+        if name == CAPABILITY:
+            known.no_capability = False
+        elif name in ACLS:
+            known.no_acl = False
+
+    async def _set(
+        self, inode: int, wanted: Changes, session: SessionId, ctx: RequestContext
+    ) -> Inode:
+        caller = self._callers.of(ctx)
+        return await self._files.setattr(caller, InodeId(inode), session=session, **wanted)
 
     async def _inode(self, inode: int) -> Inode:
         """Attributes now. A directory that was removed while somebody stands in it has no names."""
@@ -387,9 +425,10 @@ class EmberOperations(pyfuse3.Operations):
             return self._files.merged(await self._metadata.getattr(InodeId(inode)))
         except EmberfsError as problem:
             directory = self._known.of(inode).directory
-            if problem.code != Code.NOT_FOUND or directory is None:
+            if problem.code == Code.NOT_FOUND and directory is not None:
+                return msgspec.structs.replace(directory, nlink=0)
+            with looked_up_anew():
                 raise
-            return msgspec.structs.replace(directory, nlink=0)
 
     def _attributes(self, inode: Inode, mark: int) -> EntryAttributes:
         self._known.tell(inode)
@@ -497,11 +536,3 @@ def _privilege(mode: int) -> int:
 
 
 _SET_GROUP = stat.S_ISGID | stat.S_IXGRP
-_ACL = b"system.posix_acl_"
-
-
-def _check_xattr_name(name: bytes) -> None:
-    if name.startswith(_ACL):  # kept as plain bytes they would promise what nobody enforces
-        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-    if len(name) > XATTR_NAME_BYTES_MAX:
-        raise pyfuse3.FUSEError(errno.ERANGE)

@@ -5,16 +5,17 @@ leave the application in D state and kill the worker. So every handler is wrappe
 """
 
 import asyncio
+import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 
 from emberfs.client.fuse_metrics import FuseMetrics
-from emberfs.proto.errors import EmberfsError, Reaction
+from emberfs.proto.errors import Code, EmberfsError, Reaction
 from emberfs.proto.ids import SECOND
 from emberfs.runtime.env import Env
 
@@ -90,6 +91,21 @@ class Requests:
             return errno.ETIMEDOUT
         log.error("%s: internal error", operation, exc_info=problem)
         return errno.EIO
+
+
+@contextlib.contextmanager
+def looked_up_anew() -> Iterator[None]:
+    """Around calls on an inode that the kernel knows by a name: one that is gone is ESTALE.
+
+    Its name may lead to another file now: the kernel walks the path again after ESTALE, asking for
+    every name (Documentation/filesystems/path-lookup.rst). ENOENT would tell of a missing name.
+    """
+    try:
+        yield
+    except EmberfsError as problem:
+        if problem.code != Code.NOT_FOUND:
+            raise
+        raise EmberfsError(Code.STALE, problem.message) from None
 
 
 class HasRequests(Protocol):

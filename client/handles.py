@@ -27,6 +27,7 @@ class KnownInode:
         "directory",
         "lookups",
         "mappable",
+        "no_acl",
         "no_capability",
         "sent",
         "symlink",
@@ -37,6 +38,7 @@ class KnownInode:
         self.sent: tuple[int, int] | None = None  # mtime, length that the kernel was told last
         self.cached: tuple[int, int] | None = None  # mtime, length that its page cache belongs to
         self.no_capability = False  # it has no security.capability, which every write asks for
+        self.no_acl = False  # it has no ACLs, which the kernel asks for after every attributes
         self.symlink = b""  # a link's target never changes
         self.directory: Inode | None = None  # of a directory: it outlives its last name
         self.mappable = 0  # handles of it that can be mapped shared and writable
@@ -71,6 +73,7 @@ class KnownInodes:
         """Note the attributes that go to the kernel now."""
         known = self.of(inode.id)
         known.sent = version(inode)
+        known.no_acl = not (inode.acl or inode.default_acl)
         if inode.symlink:
             known.symlink = inode.symlink
         if inode.is_directory():

@@ -97,9 +97,19 @@ class Metadata:
         return await self._call(calls.READDIR, request)
 
     async def mknod(
-        self, caller: Caller, parent: InodeId, name: bytes, mode: int, rdev: int = 0
+        self,
+        caller: Caller,
+        parent: InodeId,
+        name: bytes,
+        mode: int,
+        rdev: int = 0,
+        *,
+        umask: int = 0,
     ) -> Inode:
-        """Make a directory (S_IFDIR in mode), fifo, socket, device or empty regular file."""
+        """Make a directory (S_IFDIR in mode), fifo, socket, device or empty regular file.
+
+        The umask counts where the directory has no default ACL.
+        """
         request = calls.MknodRequest(
             caller=caller,
             request=self._request_id(),
@@ -107,6 +117,7 @@ class Metadata:
             name=name,
             mode=mode,
             rdev=rdev,
+            umask=umask,
         )
         return (await self._call(calls.MKNOD, request)).inode
 
@@ -235,8 +246,10 @@ class Metadata:
         *,
         session: SessionId,
         write: bool,
+        read: bool = False,
         exclusive: bool = False,
         truncate: bool = False,
+        umask: int = 0,
     ) -> Inode:
         """Create and open a regular file, or open an existing one unless `exclusive` (EXISTS)."""
         request = calls.CreateRequest(
@@ -247,9 +260,11 @@ class Metadata:
             mode=mode,
             session=session,
             write=write,
+            read=read,
             exclusive=exclusive,
             truncate=truncate,
             since=self._since(),
+            umask=umask,
         )
         return self._opened(await self._call(calls.CREATE, request), write=write)
 

@@ -5,6 +5,7 @@ endpoint is not connected"); it is detached before a new mount. See mount(2), pr
 and the kernel's Documentation/filesystems/fuse.rst for the files below /sys.
 """
 
+import ctypes
 import errno
 import logging
 import os
@@ -21,6 +22,7 @@ DEVICE = Path("/dev/fuse")
 BACKGROUND_MAX = 128  # asynchronous requests in flight: read-ahead, O_DIRECT with aio
 CONGESTION_THRESHOLD = 96
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
+_MS_NOSUID, _MS_NODEV, _MS_POSIXACL = 2, 4, 1 << 16
 _TOOL_TIMEOUT_S = 3
 _PROBE_TIMEOUT_S = 5
 _ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
@@ -93,6 +95,26 @@ def check_tools() -> None:
         raise EmberfsError(
             Code.CONFIG, "fusermount3 is not installed; run apt-get install fuse3 (or dnf, apk)"
         )
+
+
+def mount_with_acl(path: str, options: set[str]) -> int:
+    """Mount as mount(2) does with MS_POSIXACL and return the device for libfuse; needs root.
+
+    libfuse cannot ask for that flag. It makes the kernel leave the umask to us, which a directory's
+    default ACL replaces (acl(5)).
+    """
+    named = dict(option.partition("=")[::2] for option in options)
+    source, kind = named.pop("fsname", "emberfs"), "fuse." + named.pop("subtype", "emberfs")
+    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    data = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    data += "".join(f",{name}={value}" if value else f",{name}" for name, value in named.items())
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _MS_NOSUID | _MS_NODEV | _MS_POSIXACL
+    if libc.mount(source.encode(), os.fsencode(path), kind.encode(), flags, data.encode()):
+        problem = os.strerror(ctypes.get_errno())
+        os.close(device)
+        raise EmberfsError(Code.CONFIG, f"{path}: mounting failed: {problem}; see mount(2)")
+    return device
 
 
 def is_dead(path: str) -> bool:

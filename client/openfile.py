@@ -142,8 +142,12 @@ class OpenFiles:
         exclusive: bool = False,
         truncate: bool = False,
         direct: bool = False,
+        umask: int = 0,
     ) -> tuple[Inode, OpenFile]:
-        """Create and open, or open what exists (EXISTS if `exclusive`). `mode`: umask applied."""
+        """Create and open, or open what exists (EXISTS if `exclusive`).
+
+        The umask counts where the directory has no default ACL.
+        """
         session = self.metadata.new_session()
 
         async def perform() -> Inode:
@@ -153,9 +157,11 @@ class OpenFiles:
                 name,
                 mode,
                 session=session,
+                read=read,
                 write=write,
                 exclusive=exclusive,
                 truncate=truncate,
+                umask=umask,
             )
 
         state = await self._written_here(caller, parent, name) if truncate else None

@@ -6,18 +6,15 @@ from msgspec.structs import replace
 
 from emberfs.meta.permission import (
     WRITE,
-    allows,
     in_group,
-    only_drops_set_id,
     require,
+    require_mutable,
     require_owner,
     without_set_id,
 )
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
-from emberfs.proto.meta_calls import Caller, SetattrRequest
-
-SERVER_CLOCK = -1
+from emberfs.proto.meta_calls import SERVER_CLOCK, Caller, SetattrRequest
 
 
 def with_attributes(inode: Inode, request: SetattrRequest, now_ns: int) -> Inode:
@@ -25,6 +22,9 @@ def with_attributes(inode: Inode, request: SetattrRequest, now_ns: int) -> Inode
 
     Raises NOT_PERMITTED, ACCESS, or UNSUPPORTED (mode of a symlink).
     """
+    asked = (request.mode, request.uid, request.gid, request.atime_ns, request.mtime_ns)
+    if any(field is not None for field in asked):  # a length alone was looked at before
+        require_mutable(inode)
     changed = _with_owner(inode, request)
     changed = _with_mode(changed, request)
     changed = _with_times(inode, changed, request, now_ns)
@@ -54,8 +54,7 @@ def _with_mode(inode: Inode, request: SetattrRequest) -> Inode:
         raise EmberfsError(Code.UNSUPPORTED, "the mode of a symbolic link cannot be changed")
     caller = request.caller
     mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(request.mode)
-    if not (only_drops_set_id(inode.mode, mode) and allows(inode, caller, WRITE)):
-        require_owner(inode, caller)
+    require_owner(inode, caller)
     if caller.uid != 0 and not in_group(caller, inode.gid):
         mode &= ~stat.S_ISGID
     return replace(inode, mode=mode)
@@ -65,8 +64,8 @@ def _with_times(before: Inode, inode: Inode, request: SetattrRequest, now_ns: in
     atime_ns, mtime_ns = request.atime_ns, request.mtime_ns
     if atime_ns is None and mtime_ns is None:
         return inode
-    explicit = any(t not in (None, SERVER_CLOCK) for t in (atime_ns, mtime_ns))
-    if explicit:
+    touched = atime_ns == mtime_ns == SERVER_CLOCK  # one of the two alone is for owners
+    if not touched:
         require_owner(before, request.caller)
     elif request.caller.uid != before.uid:
         require(before, request.caller, WRITE)

@@ -71,7 +71,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
         else:
             require(parent, request.caller, WRITE)
             mode = stat.S_IFREG | stat.S_IMODE(request.mode)
-            inode = new_inode(context, taken, parent, request.caller, mode)
+            inode = new_inode(context, taken, parent, request.caller, mode, umask=request.umask)
             await add_name(txn, context, parent, request.name, inode)
         _add_session(txn, context, inode.id, request)
         return InodeAnswer(inode, await grant_bytes(txn, inode) if request.write else None)
@@ -88,7 +88,9 @@ async def _open_existing(
     inode = await load_inode(txn, inode_id)
     _check_openable(inode)
     await check_uncut(txn, inode.id)
-    require(inode, request.caller, WRITE if request.write or request.truncate else READ)
+    changes = request.write or request.truncate
+    reads = request.read or not changes
+    require(inode, request.caller, (WRITE if changes else 0) | (READ if reads else 0))
     if request.truncate:
         inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
         store_inode(txn, inode)

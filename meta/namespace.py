@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
-from emberfs.meta import schema
+from emberfs.meta import acl, schema
 from emberfs.meta.context import Context
 from emberfs.meta.permission import (
     EXECUTE,
@@ -16,6 +16,7 @@ from emberfs.meta.permission import (
     check_name,
     created_owner,
     require,
+    require_mutable,
     require_removable,
 )
 from emberfs.meta.quota import check_link
@@ -78,10 +79,23 @@ def check_new_name(name: bytes) -> None:
 
 
 def new_inode(
-    context: Context, inode: InodeId, parent: Inode, caller: Caller, mode: int, rdev: int = 0
+    context: Context,
+    inode: InodeId,
+    parent: Inode,
+    caller: Caller,
+    mode: int,
+    rdev: int = 0,
+    umask: int = 0,
 ) -> Inode:
     """Return the inode of a file that is about to be made in `parent`."""
     gid, mode = created_owner(parent, caller, mode)
+    access = b""
+    if stat.S_ISLNK(mode):
+        pass  # its mode means nothing
+    elif parent.default_acl:
+        mode, access = acl.inherited(parent.default_acl, mode)
+    else:
+        mode &= ~(umask & 0o777)
     now_ns = context.env.wall_ns()
     directory = stat.S_ISDIR(mode)
     return Inode(
@@ -98,6 +112,8 @@ def new_inode(
         layout=context.new_layout(inode) if stat.S_ISREG(mode) else None,
         parent=parent.id if directory else InodeId(0),
         quota=parent.quota,
+        acl=access,
+        default_acl=parent.default_acl if directory else b"",
     )
 
 
@@ -139,7 +155,7 @@ async def mknod(context: Context, request: MknodRequest) -> InodeAnswer:
     inode = await context.ids.take()
 
     def build(parent: Inode) -> Inode:
-        return new_inode(context, inode, parent, request.caller, mode, rdev)
+        return new_inode(context, inode, parent, request.caller, mode, rdev, request.umask)
 
     work = _maker(context, request.caller, request.parent, request.name, build)
     return await context.replies.run(MKNOD, request.request, work)
@@ -176,6 +192,7 @@ async def link(context: Context, request: LinkRequest) -> InodeAnswer:
         require(directory, request.caller, WRITE)
         if inode.is_directory():
             raise EmberfsError(Code.NOT_PERMITTED, "a directory cannot have a second name")
+        require_mutable(inode)
         if inode.nlink == 0:
             raise EmberfsError(Code.NOT_FOUND, f"inode {inode.id} was removed")
         if inode.nlink >= LINK_COUNT_MAX:

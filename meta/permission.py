@@ -1,29 +1,32 @@
-"""Who may do what: classic UNIX mode bits, supplementary groups, sticky directories.
+"""Who may do what: mode bits, supplementary groups, access lists, sticky directories, flags.
 
-Follows path_resolution(7), chmod(2), chown(2), inode(7) as Linux implements them. uid 0 passes
-everything except executing what nobody may execute.
+Follows path_resolution(7), chmod(2), chown(2), inode(7), acl(5) and ioctl_iflags(2). uid 0 passes
+everything except executing what nobody may execute, and changing the immutable.
 """
 
 import stat
 
+from emberfs.meta import acl
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.files import NAME_BYTES_MAX, Inode
+from emberfs.proto.files import IMMUTABLE, NAME_BYTES_MAX, Inode
 from emberfs.proto.meta_calls import Caller
 
 READ = 4
 WRITE = 2
 EXECUTE = 1
 
-_SET_ID = stat.S_ISUID | stat.S_ISGID
-
 
 def allows(inode: Inode, caller: Caller, want: int) -> bool:
-    """Tell whether the mode bits grant all of `want`."""
+    """Tell whether mode bits and access list grant all of `want`."""
     mode = inode.mode
     if caller.uid == 0:
         return not (want & EXECUTE) or inode.is_directory() or bool(mode & 0o111)
     if caller.uid == inode.uid:
         mode >>= 6
+    elif inode.acl and mode & 0o070:  # without any group right the kernel skips the list, too
+        return acl.allows(
+            inode.acl, mode, inode.gid, caller.uid, lambda gid: in_group(caller, gid), want
+        )
     elif in_group(caller, inode.gid):
         mode >>= 3
     return mode & want == want
@@ -35,11 +38,22 @@ def in_group(caller: Caller, gid: int) -> bool:
 
 
 def require(inode: Inode, caller: Caller, want: int) -> None:
-    """Raise ACCESS unless the mode bits grant all of `want`."""
+    """Raise ACCESS unless mode bits and access list grant all of `want`.
+
+    Writing what is immutable is NOT_PERMITTED, whoever asks.
+    """
+    if want & WRITE:
+        require_mutable(inode)
     if not allows(inode, caller, want):
         raise EmberfsError(
             Code.ACCESS, f"uid {caller.uid} may not: inode {inode.id} has mode {inode.mode:o}"
         )
+
+
+def require_mutable(inode: Inode) -> None:
+    """Raise NOT_PERMITTED for what is immutable (ioctl_iflags(2), FS_IMMUTABLE_FL)."""
+    if inode.flags & IMMUTABLE:
+        raise EmberfsError(Code.NOT_PERMITTED, f"inode {inode.id} is immutable")
 
 
 def require_owner(inode: Inode, caller: Caller) -> None:
@@ -57,6 +71,7 @@ def require_removable(directory: Inode, victim: Inode, caller: Caller) -> None:
         raise EmberfsError(
             Code.NOT_PERMITTED, f"directory {directory.id} is sticky; only owners may remove here"
         )
+    require_mutable(victim)
 
 
 def check_name(name: bytes) -> None:
@@ -91,8 +106,3 @@ def created_owner(parent: Inode, caller: Caller, mode: int) -> tuple[int, int]:
     elif mode & stat.S_IXGRP and caller.uid != 0 and not in_group(caller, parent.gid):
         mode &= ~stat.S_ISGID
     return parent.gid, mode
-
-
-def only_drops_set_id(old: int, new: int) -> bool:
-    """Tell the mode change that the kernel asks for when an unprivileged user writes."""
-    return (old ^ new) & ~_SET_ID == 0 and new & ~old == 0

@@ -1,4 +1,4 @@
-"""Extended attributes: xattr(7) rules for user.*, trusted.* and security.*."""
+"""Extended attributes: xattr(7) rules for user.*, trusted.* and security.*; inode_xattrs.py."""
 
 import stat
 
@@ -6,8 +6,9 @@ from msgspec.structs import replace
 
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
+from emberfs.meta import inode_xattrs
 from emberfs.meta.context import Context
-from emberfs.meta.permission import READ, WRITE, require, require_owner
+from emberfs.meta.permission import READ, WRITE, require, require_mutable, require_owner
 from emberfs.meta.tree import load_inode, store_inode
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX, Inode
@@ -36,7 +37,10 @@ async def xattr(context: Context, request: XattrRequest) -> XattrAnswer:
             return XattrAnswer(names=await _names(txn, inode, request.caller))
         _check_name(request.name)
         _check_read(inode, request.caller, request.name)
-        value = await txn.get(keys.xattr_key(inode.id, request.name))
+        if request.name in inode_xattrs.NAMES:
+            value = inode_xattrs.value_of(inode, request.name)
+        else:
+            value = await txn.get(keys.xattr_key(inode.id, request.name))
         if value is None:
             raise _missing(request.name)
         return XattrAnswer(value=value)
@@ -55,6 +59,9 @@ async def set_xattr(context: Context, request: SetXattrRequest) -> Nothing:
 
     async def work(txn: Transaction) -> Nothing:
         inode = await load_inode(txn, request.inode)
+        if request.name in inode_xattrs.NAMES:
+            store_inode(txn, _with_inode_xattr(inode, request, context.env.wall_ns()))
+            return Nothing()
         _check_write(inode, request.caller, request.name)
         key = keys.xattr_key(inode.id, request.name)
         exists = await txn.get(key) is not None
@@ -74,6 +81,21 @@ async def set_xattr(context: Context, request: SetXattrRequest) -> Nothing:
     return await context.replies.run(SET_XATTR, request.request, work)
 
 
+def _with_inode_xattr(inode: Inode, request: SetXattrRequest, now_ns: int) -> Inode:
+    if request.name == inode_xattrs.FLAGS:
+        if request.caller.uid != 0:
+            raise EmberfsError(Code.NOT_PERMITTED, "only uid 0 may change the flags of a file")
+    else:
+        require_mutable(inode)
+    exists = inode_xattrs.value_of(inode, request.name) is not None
+    if exists and request.flags & CREATE:
+        raise EmberfsError(Code.EXISTS, f"attribute {request.name!r} exists")
+    if not exists and (request.value is None or request.flags & REPLACE):
+        raise _missing(request.name)
+    changed = inode_xattrs.with_value(inode, request.caller, request.name, request.value)
+    return replace(changed, ctime_ns=now_ns)
+
+
 def _missing(name: bytes) -> EmberfsError:
     return EmberfsError(Code.NO_ATTRIBUTE, f"no attribute {name!r}")
 
@@ -83,9 +105,14 @@ def _check_name(name: bytes) -> None:
         raise EmberfsError(
             Code.RANGE, f"an attribute name has 1 to {XATTR_NAME_BYTES_MAX} bytes, no zero byte"
         )
+    if name in inode_xattrs.NAMES:
+        return
+    if name in (_USER, _TRUSTED, _SECURITY):
+        raise EmberfsError(Code.INVALID, f"{name!r}: an attribute needs a name behind its space")
     if not name.startswith((_USER, _TRUSTED, _SECURITY)):
         raise EmberfsError(
-            Code.UNSUPPORTED, f"{name!r}: only user.*, trusted.* and security.* are stored"
+            Code.UNSUPPORTED,
+            f"{name!r}: only user.*, trusted.*, security.* and POSIX ACLs are stored",
         )
 
 
@@ -97,6 +124,7 @@ def _check_read(inode: Inode, caller: Caller, name: bytes) -> None:
 
 
 def _check_write(inode: Inode, caller: Caller, name: bytes) -> None:
+    require_mutable(inode)
     if not name.startswith(_USER):
         if caller.uid != 0:
             raise EmberfsError(Code.NOT_PERMITTED, f"only uid 0 may change {name!r}")
@@ -112,7 +140,7 @@ def _check_write(inode: Inode, caller: Caller, name: bytes) -> None:
 
 async def _names(txn: Transaction, inode: Inode, caller: Caller) -> tuple[bytes, ...]:
     rows = await txn.get_range(*keys.xattr_span(inode.id))
-    names = (keys.xattr_name(key) for key, _ in rows)
+    names = [*(keys.xattr_name(key) for key, _ in rows), *inode_xattrs.names_of(inode)]
     return tuple(n for n in names if caller.uid == 0 or not n.startswith(_TRUSTED))
 
 

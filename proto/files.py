@@ -15,6 +15,7 @@ SYMLINK_BYTES_MAX = 4095
 XATTR_NAME_BYTES_MAX = 255
 XATTR_VALUE_BYTES_MAX = 65_536
 LINK_COUNT_MAX = 65_535
+IMMUTABLE = 1  # a flag of an inode: nobody changes, renames, links or removes it
 FILE_BYTES_MAX = (1 << 63) - 1
 
 
@@ -46,6 +47,11 @@ class Inode(msgspec.Struct, frozen=True, gc=False):
     symlink: bytes = b""
     torn: bool = False  # a write that failed may have left bytes behind the end
     quota: InodeId = InodeId(0)  # the quota that it counts for: of a directory above, or its own
+    flags: int = 0
+    acl: bytes = (
+        b""  # access list in the kernel's form, if it says more than the mode (meta/acl.py)
+    )
+    default_acl: bytes = b""  # directories only: what new names in it inherit
 
     def is_directory(self) -> bool:
         """Tell a directory."""

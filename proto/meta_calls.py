@@ -13,6 +13,13 @@ from emberfs.proto.files import Inode
 from emberfs.proto.ids import InodeId, SessionId
 from emberfs.proto.method import Method
 
+SERVER_CLOCK = -1  # as a time: now, by the clock of the server
+
+
+def explicit_time(stamp_ns: int) -> int:
+    """A time as it is sent: the last nanosecond before 1970 means the clock, so one earlier."""
+    return stamp_ns if stamp_ns != SERVER_CLOCK else SERVER_CLOCK - 1
+
 
 class Caller(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """On whose behalf: permission checks are the server's. uid 0 passes them all."""
@@ -81,8 +88,9 @@ class GetattrRequest(msgspec.Struct, frozen=True, gc=False):
 class SetattrRequest(msgspec.Struct, frozen=True, gc=False):
     """Change attributes; None leaves one alone. A new length truncates (server-side, chunks too).
 
-    `now_ns` fields: -1 means the server's clock. `written`: with a new length, the highest end of
-    this client's writes since `truncate_version`; meta may have been told and forgotten it since.
+    Times may be SERVER_CLOCK. Both of them: whoever may write may ask for that (utimensat(2)).
+    `written`: with a new length, the highest end of this client's writes since `truncate_version`;
+    meta may have been told and forgotten it since.
     """
 
     caller: Caller
@@ -110,12 +118,14 @@ class CreateRequest(msgspec.Struct, frozen=True, gc=False):
     request: RequestId
     parent: BoundedInode
     name: bytes
-    mode: U32  # permission bits, umask already applied
+    mode: U32  # permission bits
     session: BoundedSession
     write: bool
     exclusive: bool = False
     truncate: bool = False
     since: U63 = 0  # see OpenRequest
+    umask: U32 = 0  # of the caller; a default ACL takes its place
+    read: bool = False  # an existing file must be readable, too; implied without write and truncate
 
 
 class MknodRequest(msgspec.Struct, frozen=True, gc=False):
@@ -125,8 +135,9 @@ class MknodRequest(msgspec.Struct, frozen=True, gc=False):
     request: RequestId
     parent: BoundedInode
     name: bytes
-    mode: U32  # type and permission bits, umask already applied
+    mode: U32  # type and permission bits
     rdev: U64 = 0
+    umask: U32 = 0  # of the caller; a default ACL takes its place
 
 
 class SymlinkRequest(msgspec.Struct, frozen=True, gc=False):

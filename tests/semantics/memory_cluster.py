@@ -115,9 +115,9 @@ class MemoryMetadata:
         await self.enter("getattr")
         return self.node(inode).inode()
 
-    async def mknod(self, caller, parent, name, mode, rdev=0):
+    async def mknod(self, caller, parent, name, mode, rdev=0, *, umask=0):
         await self.enter("mknod")
-        node = self.make(caller, parent, name, mode)
+        node = self.make(caller, parent, name, mode & ~umask)
         node.rdev = rdev
         return node.inode()
 
@@ -330,13 +330,13 @@ class MemoryFiles:
         return node.inode(), MemoryFile(self, node, read, write, direct)
 
     async def create(self, caller, parent, name, mode, *, read=True, write=True, exclusive=False,
-                     truncate=False, direct=False):  # fmt: skip
+                     truncate=False, direct=False, umask=0):  # fmt: skip
         await self.metadata.enter("create")
         node = self.metadata.child(parent, name)
         if node is not None and exclusive:
             raise EmberfsError(Code.EXISTS)
         if node is None:
-            node = self.metadata.make(caller, parent, name, stat.S_IFREG | mode)
+            node = self.metadata.make(caller, parent, name, stat.S_IFREG | mode & ~umask)
         elif truncate:
             node.data.clear()
         return node.inode(), MemoryFile(self, node, read, write, direct)

@@ -1,7 +1,8 @@
 """A process that mounts the in-memory cluster: python -m semantics.memory_mount DIR [words].
 
 Words: stock (pyfuse3's own asyncio adapter), plain (no uvloop), workers=N, writeback, log,
-hasty (deadline 1 s). Looking up a name that begins with "hole" never ends.
+hasty (deadline 1 s), real (real meta and file library, see real_meta.py). Looking up a name that
+begins with "hole" never ends.
 """
 
 import asyncio
@@ -13,21 +14,21 @@ import uvloop
 
 from emberfs.client import fuse, mountpoint
 from emberfs.client.fuse_operations import CachePolicy, EmberOperations
+from emberfs.client.metadata import Metadata
+from emberfs.client.openfile import OpenFiles
 from emberfs.runtime.real import RealEnv
 from semantics.memory_cluster import MemoryFile, MemoryFiles, MemoryMetadata
+from semantics.real_meta import RealMetaWorld
 
 
 async def serve(place: str, words: list[str]) -> None:
     env = RealEnv()
-    metadata = MemoryMetadata(env)
-    metadata.calls = Nothing()
-    metadata.hole = b"hole"
-    files = MemoryFiles(metadata)
-    files.writes = Nothing()
+    metadata, files = await real_parts() if "real" in words else memory_parts(env)
     timeout_ns = 1_000_000_000 if "hasty" in words else 60_000_000_000
     operations = EmberOperations(
         env, metadata, files,
-        CachePolicy(request_timeout_ns=timeout_ns, writeback="writeback" in words),
+        CachePolicy(request_timeout_ns=timeout_ns, writeback="writeback" in words,
+                    acl="real" in words),
     )  # fmt: skip
     for word in words:
         if word.startswith("workers="):
@@ -47,6 +48,24 @@ async def serve(place: str, words: list[str]) -> None:
     print("mounted", flush=True)
     await stopping.wait()
     await mount.stop()
+
+
+def memory_parts(env: RealEnv) -> tuple[MemoryMetadata, MemoryFiles]:
+    """Everything in dicts."""
+    metadata = MemoryMetadata(env)
+    metadata.calls = Nothing()
+    metadata.hole = b"hole"
+    files = MemoryFiles(metadata)
+    files.writes = Nothing()
+    return metadata, files
+
+
+async def real_parts() -> tuple[Metadata, OpenFiles]:
+    """The real meta and client on storage in dicts."""
+    world = RealMetaWorld()
+    await world.start()
+    files = world.client()
+    return files.metadata, files
 
 
 def log_writes() -> None:

@@ -5,15 +5,25 @@ import ctypes
 import errno
 import functools
 import os
+import stat
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 Case = Callable[[Path], None]
 
 KiB, MiB = 1 << 10, 1 << 20
 NOREPLACE, EXCHANGE = 1, 2
+
+
+@contextlib.contextmanager
+def open_place() -> Iterator[Path]:
+    """A directory that every user reaches; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="emberfs-posix-", ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
 def needs_root(case: Case) -> Case:
@@ -75,6 +85,76 @@ def as_user(uid: int, gid: int, groups: list[int], script: str, *arguments: obje
     _, status = os.waitpid(child, 0)
     assert status == 0, said
     return said.strip()
+
+
+class User(NamedTuple):
+    """Somebody; `do` runs a function as them, in a forked child whose assertions count here."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+    def do(self, work: Callable[[], object]) -> None:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            with os.fdopen(writing, "w") as report:
+                try:
+                    os.setgroups(self.groups)
+                    os.setgid(self.gid)
+                    os.setuid(self.uid)
+                    os.umask(0o022)
+                    work()
+                except BaseException:
+                    report.write(traceback.format_exc())
+                    report.flush()
+                    os._exit(1)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as report:
+            said = report.read()
+        _, status = os.waitpid(child, 0)
+        assert status == 0, said
+
+    def may(self, work: Callable[[], object]) -> None:
+        """It must succeed for them."""
+        self.do(work)
+
+    def may_not(self, number: int, work: Callable[[], object]) -> None:
+        """It must fail for them with this errno."""
+
+        def attempt() -> None:
+            with refused(number):
+                work()
+
+        self.do(attempt)
+
+
+ALICE = User(1234, 1234, (50,))
+BOB = User(2345, 2345)
+CAROL = User(3456, 3456, (50, 1234))
+
+
+def make_file(path: Path, user: User, mode: int, content: bytes = b"content") -> Path:
+    """A file of somebody."""
+    path.write_bytes(content)
+    os.chown(path, user.uid, user.gid)
+    path.chmod(mode)
+    return path
+
+
+def make_directory(path: Path, user: User, mode: int) -> Path:
+    """A directory of somebody."""
+    path.mkdir()
+    os.chown(path, user.uid, user.gid)
+    path.chmod(mode)
+    return path
+
+
+def mode_of(path: Path) -> int:
+    """Permission bits, links not followed."""
+    return stat.S_IMODE(os.lstat(path).st_mode)
 
 
 def _become_and_run(

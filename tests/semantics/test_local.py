@@ -5,13 +5,12 @@ import os
 import pytest
 
 from semantics.posix_cases import Case, cases
+from semantics.posix_tools import open_place
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.__name__)
-def test_on_local_file_system(case: Case, tmp_path) -> None:
-    if getattr(case, "needs_root", False):
-        if os.geteuid():
-            pytest.skip("needs root")
-        for directory in [tmp_path, *tmp_path.parents][:3]:  # other users must get in
-            directory.chmod(0o755)
-    case(tmp_path)
+def test_on_local_file_system(case: Case) -> None:
+    if getattr(case, "needs_root", False) and os.geteuid():
+        pytest.skip("needs root")
+    with open_place() as place:
+        case(place)

@@ -6,25 +6,45 @@ from pathlib import Path
 
 import pytest
 
+from semantics import posix_acls
 from semantics.mounting import mounted, needs_fuse
-from semantics.posix_cases import Case, cases
+from semantics.posix_cases import Case, cases, simple_cases
+from semantics.posix_tools import open_place
 
 
 @pytest.fixture(scope="module", params=["plain", "writeback"])
-def mount(request, tmp_path_factory) -> Iterator[Path]:
-    place = tmp_path_factory.mktemp("mount")
-    words = ["writeback"] if request.param == "writeback" else []
-    with mounted(place, *words) as daemon:
+def mount(request) -> Iterator[Path]:
+    words = [] if request.param == "plain" else [request.param]
+    with open_place() as place, mounted(place, *words) as daemon:
+        yield daemon.place
+
+
+@pytest.fixture(scope="module")
+def real_meta_mount() -> Iterator[Path]:
+    with open_place() as place, mounted(place, "real") as daemon:
         yield daemon.place
 
 
 @needs_fuse
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", simple_cases(), ids=lambda case: case.__name__)
 def test_on_memory_mount(case: Case, mount: Path) -> None:
+    _run(case, mount)
+
+
+@needs_fuse
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.__name__)
+def test_on_real_meta(case: Case, real_meta_mount: Path) -> None:
+    _run(case, real_meta_mount)
+
+
+def _run(case: Case, mount: Path) -> None:
     if os.geteuid():
         pytest.skip("needs root: other users must get in")
-    for directory in [mount, *mount.parents][:3]:
-        directory.chmod(0o755)
     root = mount / case.__name__
     root.mkdir()
     case(root)
+
+
+@needs_fuse
+def test_acl_cases_are_not_skipped(real_meta_mount: Path) -> None:
+    assert posix_acls.has_acls(real_meta_mount)

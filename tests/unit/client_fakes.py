@@ -356,7 +356,7 @@ class FakeMeta(FakeNode):
     def create(self, r):
         number = self.names.get((r.parent, r.name))
         if number is None:
-            inode = self.add(r.parent, r.name, stat.S_IFREG | r.mode)
+            inode = self.add(r.parent, r.name, stat.S_IFREG | r.mode & ~r.umask)
         elif r.exclusive:
             raise EmberfsError(Code.EXISTS, f"{r.name!r}")
         else:
@@ -365,7 +365,7 @@ class FakeMeta(FakeNode):
         return mc.InodeAnswer(inode, self.room())
 
     def mknod(self, r):
-        return mc.InodeAnswer(self.add(r.parent, r.name, r.mode))
+        return mc.InodeAnswer(self.add(r.parent, r.name, r.mode & ~r.umask))
 
     def symlink(self, r):
         mode = stat.S_IFLNK | 0o777

@@ -64,12 +64,28 @@ def refused(number):
 def test_every_code_becomes_its_errno(code) -> None:
     async def work():
         world = World()
-        world.metadata.faults["getattr"] = EmberfsError(code, "told")
+        world.metadata.faults["statfs"] = EmberfsError(code, "told")
         with pytest.raises(pyfuse3.FUSEError) as caught:
-            await world.operations.getattr(ROOT, CALLER)
+            await world.operations.statfs(CALLER)
         assert caught.value.errno == MEANINGS[code].errno
         name = errno.errorcode[caught.value.errno]
-        assert world.operations.metrics.operation("getattr").errors == {name: 1}
+        assert world.operations.metrics.operation("statfs").errors == {name: 1}
+
+    run(work())
+
+
+def test_inode_that_is_gone_is_looked_up_anew() -> None:
+    """ESTALE: the kernel asks for the name again, which may lead to another file by now."""
+
+    async def work():
+        operations = World().operations
+        for call in (
+            lambda: operations.getattr(999, CALLER),
+            lambda: operations.open(999, os.O_RDONLY, CALLER),
+        ):
+            with pytest.raises(pyfuse3.FUSEError) as caught:
+                await call()
+            assert caught.value.errno == errno.ESTALE
 
     run(work())
 
