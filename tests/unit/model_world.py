@@ -11,6 +11,7 @@ from typing import Any
 from emberfs.client.file import FileSystem
 from emberfs.client.metadata import Metadata
 from emberfs.client.openfile import OpenFiles
+from emberfs.client.quotaroom import QuotaRooms
 from emberfs.kv import keys
 from emberfs.meta import dispatch, schema
 from emberfs.proto.errors import EmberfsError
@@ -93,6 +94,8 @@ class LocalMetadata(Metadata):
         self._env = server.world.env
         self._client_id = ClientId(client_id)
         self._sequence = 0
+        self._since = lambda: 0
+        self.rooms = QuotaRooms()
         self._server = server
 
     async def _call(self, method: Any, request: Any) -> Any:
