@@ -91,7 +91,9 @@ class EmberOperations(pyfuse3.Operations):
     @handler
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Attributes, with the length of our own writes that meta has not heard of yet."""
-        return self._attributes(await self._inode(inode))
+        found = await self._inode(inode)
+        stored_bytes = await self._files.stored_bytes(found) if found.sparse else None
+        return self._attributes(found, stored_bytes)
 
     @handler
     async def setattr(
@@ -401,9 +403,10 @@ class EmberOperations(pyfuse3.Operations):
             with looked_up_anew():
                 raise
 
-    def _attributes(self, inode: Inode) -> EntryAttributes:
+    def _attributes(self, inode: Inode, stored_bytes: int | None = None) -> EntryAttributes:
         self._known.tell(inode)
-        return attributes(inode, self._policy.attr_timeout_s, self._policy.entry_timeout_s)
+        policy = self._policy
+        return attributes(inode, policy.attr_timeout_s, policy.entry_timeout_s, stored_bytes)
 
     def _entry(self, found: Inode) -> EntryAttributes:
         """Attributes for an answer that counts as a lookup."""

@@ -288,6 +288,7 @@ class Metadata:
         close: bool = False,
         durable: bool = False,
         torn: bool = False,
+        sparse: bool = False,
     ) -> Inode:
         """Report length and times of an open file; see SettleRequest."""
         request = calls.SettleRequest(
@@ -301,6 +302,7 @@ class Metadata:
             close=close,
             durable=durable,
             torn=torn,
+            sparse=sparse,
         )
         return (await self._call(calls.SETTLE, request)).inode
 

@@ -46,6 +46,7 @@ class Inode(msgspec.Struct, frozen=True, gc=False):
     parent: InodeId = InodeId(0)  # directories only: what ".." is
     symlink: bytes = b""
     torn: bool = False  # a write that failed may have left bytes behind the end
+    sparse: bool = False  # it may have holes: what it takes is to be asked from storage
     flags: int = 0
     acl: bytes = (
         b""  # access list in the kernel's form, if it says more than the mode (meta/acl.py)

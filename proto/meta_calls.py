@@ -190,7 +190,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     length becomes max(current, length) if the truncate version is still the current one, and is
     left alone otherwise. With `close` the session ends (and an unlinked file may be collected).
     With `durable` the answer comes only after the transaction is on stable storage. `torn`: a write
-    failed, and may have left bytes behind the end.
+    failed, and may have left bytes behind the end. `sparse`: a write began behind the end.
     """
 
     request: RequestId
@@ -203,6 +203,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     close: bool = False
     durable: bool = False
     torn: bool = False
+    sparse: bool = False
 
 
 class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):
