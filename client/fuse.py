@@ -98,6 +98,8 @@ class Mount:
             pyfuse3.terminate()
             await asyncio.wait({self.session}, timeout=END_TIMEOUT_S)
         await self._tasks.close()
+        if not gone and self._operations.enable_acl:  # libfuse detaches only what it has mounted
+            await self._env.run_blocking(lambda: mountpoint.unmount(self._place, lazy=True))
         # Closing the descriptor answers what still waits in the kernel with ECONNABORTED; a busy
         # mount is detached.
         pyfuse3.close(unmount=not gone)
