@@ -22,6 +22,8 @@ ReadRequest: TypeAlias = tuple[InodeId, Layout, int, Buffer]  # inode, layout, f
 
 TIMEOUT_NS = 60 * SECOND
 PENDING_TRIES = 8
+STORED_ROWS = 1024  # of a chain; who asks what a longer file takes is not answered
+STORED_TIMEOUT_NS = 2 * SECOND
 LIST_ROWS = 256  # chunks removed per round and chain
 
 
@@ -152,6 +154,21 @@ class ChunkIO:
                 end, tries = max(end, at + row.length), 0
                 start = row.chunk + b"\0"
         return end
+
+    async def stored_bytes(
+        self, inode: InodeId, layout: Layout, timeout_ns: int = STORED_TIMEOUT_NS
+    ) -> int | None:
+        """What one replica holds of a file; None if that is too much to list."""
+        start, stop = file_chunk_range(inode, 0)
+        pages = await gather_all(
+            [
+                self._writer.rows(chain, start, stop, STORED_ROWS, timeout_ns)
+                for chain in sorted(set(layout.chains))
+            ]
+        )
+        if any(len(page) == STORED_ROWS for page in pages):
+            return None
+        return sum(row.length for page in pages for row in page)
 
     async def inodes_on(
         self, chain: ChainId, first: InodeId, stop: InodeId, timeout_ns: int = TIMEOUT_NS

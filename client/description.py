@@ -237,7 +237,7 @@ class OpenFile:
                 state.invalidate(offset, stop)  # what a prefetch read in between
             else:
                 await state.buffer.put(offset, view_of(source))
-            state.wrote(stop)
+            state.wrote(offset, stop)
         return length
 
     async def truncate(self, length: int, caller: Caller) -> Inode:

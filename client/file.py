@@ -289,7 +289,8 @@ class FileSystem:
         """As os.stat."""
         where = clean(path)
         with translated(where):
-            return stat_of(self._files.merged(await self._inode(where, follow_symlinks)))
+            found = self._files.merged(await self._inode(where, follow_symlinks))
+            return stat_of(found, await self._files.stored_bytes(found))
 
     async def exists(self, path: Path) -> bool:
         """True if the path leads to something."""
@@ -515,11 +516,12 @@ class FileSystem:
             await self._metadata.link(self._caller, inode.id, parent.id, name)
 
 
-def stat_of(inode: Inode) -> os.stat_result:
-    """Attributes as os.stat returns them."""
+def stat_of(inode: Inode, stored_bytes: int | None = None) -> os.stat_result:
+    """Attributes as os.stat returns them; without `stored_bytes` holes count as stored."""
+    taken_bytes = inode.length if stored_bytes is None else stored_bytes
     times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
     seconds = tuple(time_ns // SECOND for time_ns in times)
-    more: dict[str, Any] = {"st_blksize": 1 * MiB, "st_blocks": -(-inode.length // 512)}
+    more: dict[str, Any] = {"st_blksize": 1 * MiB, "st_blocks": -(-taken_bytes // 512)}
     more["st_rdev"] = inode.rdev
     for name, time_ns in zip(("st_atime", "st_mtime", "st_ctime"), times, strict=True):
         more[name] = time_ns / SECOND

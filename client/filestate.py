@@ -57,6 +57,7 @@ class FileState:
         self.gone: EmberfsError | None = None  # meta knows the file no more: nobody would read it
         self.mtime_ns: int | None = None  # of own writes that meta does not know of
         self.torn = False  # a write has failed: bytes of it may lie behind the end
+        self.sparse = False  # a write has left a hole, of which meta does not know
         self._unsettled_stop = 0  # end of own writes since the last settlement began
         self._settling_stop = 0  # end of own writes that the settlement under way is to tell
         self._durable_length = -1  # what a durable settlement has confirmed
@@ -93,15 +94,17 @@ class FileState:
         """The inode with this client's own length and mtime."""
         self.note(inode)
         mtime_ns = inode.mtime_ns if self.mtime_ns is None else max(inode.mtime_ns, self.mtime_ns)
-        if inode.length == self.length and inode.mtime_ns == mtime_ns:
+        sparse = inode.sparse or self.sparse
+        if (inode.length, inode.mtime_ns, inode.sparse) == (self.length, mtime_ns, sparse):
             return inode
         ctime_ns = max(inode.ctime_ns, mtime_ns) if self.mtime_ns is not None else inode.ctime_ns
         return msgspec.structs.replace(
-            inode, length=self.length, mtime_ns=mtime_ns, ctime_ns=ctime_ns
+            inode, length=self.length, mtime_ns=mtime_ns, ctime_ns=ctime_ns, sparse=sparse
         )
 
-    def wrote(self, stop: int) -> None:
-        """Note an own write that ends at `stop`."""
+    def wrote(self, start: int, stop: int) -> None:
+        """Note an own write of [start, stop)."""
+        self.sparse |= start > self.length
         self.written_stop = max(self.written_stop, stop)
         self._unsettled_stop = max(self._unsettled_stop, stop)
         self.mtime_ns = self._env.wall_ns()
@@ -167,6 +170,7 @@ class FileState:
             self._settling_stop = mark
             mtime_ns, self.mtime_ns = self.mtime_ns, None
             torn, self.torn = self.torn, False
+            sparse, self.sparse = self.sparse, False
             try:
                 answer = await self._metadata.settle(
                     self.id,
@@ -178,10 +182,12 @@ class FileState:
                     durable=durable,
                     torn=torn,
                     want=max(0, want_stop - max(length or 0, self.server_length)),
+                    sparse=sparse,
                 )
             except BaseException as problem:
                 self._unsettle(mark, mtime_ns)
                 self.torn |= torn
+                self.sparse |= sparse
                 if isinstance(problem, EmberfsError) and problem.code == Code.NOT_FOUND:
                     self.gone = problem
                 raise

@@ -106,6 +106,8 @@ class Mount:
             await asyncio.wait({self.session}, timeout=END_TIMEOUT_S)
         await self._tasks.close()
         await self._operations.kernel.close()
+        if not gone and self._operations.enable_acl:  # libfuse detaches only what it has mounted
+            await self._env.run_blocking(lambda: mountpoint.unmount(self._place, lazy=True))
         # Closing the descriptor answers what still waits in the kernel with ECONNABORTED; a busy
         # mount is detached.
         pyfuse3.close(unmount=not gone)

@@ -28,13 +28,16 @@ class Changes(TypedDict, total=False):
 
 
 def attributes(
-    inode: Inode, attr_timeout_s: float, entry_timeout_s: float
+    inode: Inode, attr_timeout_s: float, entry_timeout_s: float, stored_bytes: int | None = None
 ) -> pyfuse3.EntryAttributes:
-    """Translate an inode. st_blocks is what the length needs; holes are not known here."""
+    """Translate an inode; `stored_bytes` if it was asked for, see OpenFiles.stored_bytes.
+
+    Of a sparse file whose blocks are not known here the kernel asks again before it tells them.
+    """
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = inode.id
     entry.generation = inode.generation
-    entry.attr_timeout = attr_timeout_s
+    entry.attr_timeout = 0 if inode.sparse and stored_bytes is None else attr_timeout_s
     entry.entry_timeout = entry_timeout_s
     entry.st_mode = inode.mode
     entry.st_nlink = inode.nlink
@@ -43,7 +46,8 @@ def attributes(
     entry.st_rdev = inode.rdev
     entry.st_size = inode.length
     entry.st_blksize = IO_BYTES
-    entry.st_blocks = -(-inode.length // _SECTOR_BYTES)
+    taken_bytes = inode.length if stored_bytes is None else stored_bytes
+    entry.st_blocks = -(-taken_bytes // _SECTOR_BYTES)
     entry.st_atime_ns = inode.atime_ns
     entry.st_mtime_ns = inode.mtime_ns
     entry.st_ctime_ns = inode.ctime_ns

@@ -117,8 +117,9 @@ class EmberOperations(pyfuse3.Operations):
     @handler
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Attributes, with the length of our own writes that meta has not heard of yet."""
-        mark = self.cache.mark()
-        return self._attributes(await self._inode(inode), mark)
+        mark, found = self.cache.mark(), await self._inode(inode)
+        stored_bytes = await self._files.stored_bytes(found) if found.sparse else None
+        return self._attributes(found, mark, stored_bytes)
 
     @handler
     async def setattr(
@@ -430,9 +431,12 @@ class EmberOperations(pyfuse3.Operations):
             with looked_up_anew():
                 raise
 
-    def _attributes(self, inode: Inode, mark: int) -> EntryAttributes:
+    def _attributes(
+        self, inode: Inode, mark: int, stored_bytes: int | None = None
+    ) -> EntryAttributes:
         self._known.tell(inode)
-        return attributes(inode, self.cache.attribute_timeout_s(inode.id, mark), 0)
+        timeout_s = self.cache.attribute_timeout_s(inode.id, mark)
+        return attributes(inode, timeout_s, 0, stored_bytes)
 
     def _entry(self, found: Inode, parent: int, name: bytes, mark: int) -> EntryAttributes:
         """Attributes for an answer that counts as a lookup."""

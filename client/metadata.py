@@ -304,6 +304,7 @@ class Metadata:
         durable: bool = False,
         torn: bool = False,
         want: int = 0,
+        sparse: bool = False,
     ) -> Inode:
         """Report length and times of an open file; see SettleRequest."""
         request = calls.SettleRequest(
@@ -318,6 +319,7 @@ class Metadata:
             durable=durable,
             torn=torn,
             want=want,
+            sparse=sparse,
         )
         return self._opened(await self._call(calls.SETTLE, request), write=not close)
 

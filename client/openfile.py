@@ -320,6 +320,23 @@ class OpenFiles:
         state = self._states.get(inode.id)
         return inode if state is None else state.merged(inode)
 
+    async def stored_bytes(self, inode: Inode) -> int:
+        """What a file takes, which is less than its length where it has holes: st_blocks.
+
+        Storage is asked only about files that may have some. While bytes are on their way there, or
+        if it does not answer, the length must do: too much is harmless, but some programs take a
+        file that is told to hold nothing for one that reads as zeros.
+        """
+        state = self._states.get(inode.id)
+        if not inode.sparse or inode.layout is None or (state is not None and state.buffer):
+            return inode.length
+        try:
+            found = await self.chunkio.stored_bytes(inode.id, inode.layout)
+        except EmberfsError as problem:
+            log.info("what inode %d takes is not known: %s", inode.id, problem)
+            found = None
+        return inode.length if found is None else min(found, inode.length)
+
     async def truncate(self, caller: Caller, inode: InodeId, length: int) -> Inode:
         """truncate(2) by inode, in order with this client's own writes."""
         return await self.setattr(caller, inode, length=length)

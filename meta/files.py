@@ -237,7 +237,8 @@ async def _set_length(
     written = after_write(
         inode, privileged=is_privileged(caller), now_ns=context.env.wall_ns(), mtime_ns=None
     )
-    return replace(written, length=length, truncate_version=version, torn=torn)
+    sparse = length > inode.length or (inode.sparse and length > 0)
+    return replace(written, length=length, truncate_version=version, torn=torn, sparse=sparse)
 
 
 async def _is_written(txn: Transaction, context: Context, inode: InodeId, but: SessionId) -> bool:
@@ -349,4 +350,6 @@ async def _settled(
         changed = replace(changed, atime_ns=request.atime_ns)
     if request.torn and not changed.torn and inode.is_file():
         changed = replace(changed, torn=True)
+    if request.sparse and not changed.sparse and inode.is_file():
+        changed = replace(changed, sparse=True)
     return changed

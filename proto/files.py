@@ -47,6 +47,7 @@ class Inode(msgspec.Struct, frozen=True, gc=False):
     symlink: bytes = b""
     torn: bool = False  # a write that failed may have left bytes behind the end
     quota: InodeId = InodeId(0)  # the quota that it counts for: of a directory above, or its own
+    sparse: bool = False  # it may have holes: what it takes is to be asked from storage
     flags: int = 0
     acl: bytes = (
         b""  # access list in the kernel's form, if it says more than the mode (meta/acl.py)

@@ -206,7 +206,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     left alone otherwise. With `close` the session ends (and an unlinked file may be collected).
     With `durable` the answer comes only after the transaction is on stable storage. `torn`: a write
     failed, and may have left bytes behind the end. `want`: bytes behind the end that are about to
-    be written, for which there must be room in the quota.
+    be written, for which there must be room in the quota. `sparse`: a write began behind the end.
     """
 
     request: RequestId
@@ -220,6 +220,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     durable: bool = False
     torn: bool = False
     want: U63 = 0
+    sparse: bool = False
 
 
 class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):

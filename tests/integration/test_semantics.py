@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from integration.harness import LocalCluster
+from semantics import posix_acls
 from semantics.posix_cases import Case, cases
 
 
@@ -14,3 +15,7 @@ def test_on_a_real_mount(case: Case, shared: LocalCluster) -> None:
     place.mkdir()
     place.chmod(0o777)
     case(place)
+
+
+def test_acl_cases_are_not_skipped(shared: LocalCluster) -> None:
+    assert posix_acls.has_acls(shared.mount)

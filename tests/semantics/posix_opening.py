@@ -82,6 +82,22 @@ def case_truncate_of_odd_targets(root: Path) -> None:
     assert (root / "f").read_bytes() == b"a"
 
 
+def case_sparse_file_is_small(root: Path) -> None:
+    """st_blocks tells what is stored, not what the length would need."""
+    path = root / "f"
+    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+        os.pwrite(fd, pattern(10_000), 0)
+        os.pwrite(fd, b"end", 64 * MiB)
+        os.fsync(fd)
+        assert os.fstat(fd).st_size == 64 * MiB + 3
+        assert 10_003 <= os.fstat(fd).st_blocks * 512 < 32 * MiB
+    (root / "grown").write_bytes(pattern(10_000))
+    os.truncate(root / "grown", 64 * MiB)
+    assert 10_000 <= (root / "grown").stat().st_blocks * 512 < 32 * MiB
+    os.truncate(root / "grown", 10_000)
+    assert 10_000 <= (root / "grown").stat().st_blocks * 512 < 32 * MiB
+
+
 def case_data_and_holes_can_be_asked_for(root: Path) -> None:
     """lseek(2): a file system may call everything data; never may it call data a hole."""
     with opened(root / "f", os.O_RDWR | os.O_CREAT) as fd:

@@ -168,3 +168,16 @@ def test_metrics_are_rendered() -> None:
     assert 'emberfs_fuse_latency_seconds_bucket{le="5e-05",operation="read"} 1.0' in text
     assert 'emberfs_fuse_latency_seconds_count{operation="read"} 2.0' in text
     assert "emberfs_fuse_read_bytes_total 4096.0" in text
+
+
+@needs_fuse
+@pytest.mark.parametrize("words", [(), ("real",)], ids=["plain", "acl"])
+def test_stop_detaches_a_busy_mount(tmp_path, words) -> None:
+    """Also one that libfuse has not mounted itself, as those with ACLs."""
+    with mounted(tmp_path / "m", *words) as daemon:
+        busy = os.open(daemon.place, os.O_RDONLY)
+        try:
+            assert daemon.stop() == 0
+            assert mount_at(str(daemon.place)) is None
+        finally:
+            os.close(busy)
