@@ -26,7 +26,7 @@ from emberfs.meta.tree import (
     load_inode,
     store_inode,
 )
-from emberfs.meta.trims import check_uncut, cut_behind
+from emberfs.meta.trims import cut_behind, load_uncut
 from emberfs.meta.vanished import TornError, adopt, check_whole, clear_behind, clear_torn
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import FILE_BYTES_MAX, Inode
@@ -77,9 +77,8 @@ async def _open_existing(
 ) -> Inode:
     if request.exclusive:
         raise EmberfsError(Code.EXISTS, f"{request.name!r} exists")
-    inode = await load_inode(txn, inode_id)
+    inode = await load_uncut(txn, inode_id)
     _check_openable(inode)
-    await check_uncut(txn, inode.id)
     require(inode, request.caller, WRITE if request.write or request.truncate else READ)
     if request.truncate:
         inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
@@ -175,9 +174,8 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
         await _clear_behind(context, request, request.inode, 0)
 
     async def work(txn: Transaction) -> InodeAnswer:
-        inode = await load_inode(txn, request.inode)
+        inode = await load_uncut(txn, request.inode)
         _check_openable(inode)
-        await check_uncut(txn, inode.id)
         require(inode, request.caller, want)
         if request.truncate:
             inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
@@ -247,11 +245,10 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         await _clear_behind(context, request, request.inode, request.length)
 
     async def work(txn: Transaction) -> InodeAnswer:
-        inode = await load_inode(txn, request.inode)
-        changed = inode
+        load = load_inode if request.length is None else load_uncut
+        inode = changed = await load(txn, request.inode)
         if request.length is not None:
             await _check_truncate(txn, inode, request)
-            await check_uncut(txn, inode.id)
             changed = await _set_length(
                 txn, context, inode, request.length, request.caller, request.session
             )
@@ -291,8 +288,7 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
     """Take over a writer's length and times; end its session; make it durable."""
 
     async def work(txn: Transaction) -> InodeAnswer:
-        inode = await load_inode(txn, request.inode)
-        await check_uncut(txn, inode.id)
+        inode = await load_uncut(txn, request.inode)
         changed = await _settled(txn, context, inode, request)
         if request.close:
             txn.clear(keys.session_key(inode.id, request.session))
