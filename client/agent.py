@@ -68,6 +68,7 @@ class Agent:
         self._heartbeat_ns = HEARTBEAT_NS
         self._valid_until_ns = 0
         self._dead_from_ns = 0
+        self.lease_ns = 0  # as mgmtd granted it last
         self.lapses = 0  # how often the lease had run out, all of it, before it was renewed
         # Routing that must have arrived before this node may serve: while the lease had lapsed,
         # somebody else may have been put in its place.
@@ -158,6 +159,7 @@ class Agent:
         if not self.lease_ok():
             self.needs_version = lease.version
         self._heartbeat_ns = max(lease.heartbeat_ns, 1 * MS)
+        self.lease_ns = lease.lease_ns
         self._valid_until_ns = sent_ns + lease.lease_ns // 2
         if self._dead_from_ns and sent_ns >= self._dead_from_ns:
             self.lapses += 1

@@ -27,7 +27,7 @@ from emberfs.meta.tree import (
     load_inode,
     store_inode,
 )
-from emberfs.meta.trims import check_uncut, cut_behind
+from emberfs.meta.trims import cut_behind, load_uncut
 from emberfs.meta.vanished import (
     TornError,
     adopt,
@@ -85,9 +85,8 @@ async def _open_existing(
 ) -> Inode:
     if request.exclusive:
         raise EmberfsError(Code.EXISTS, f"{request.name!r} exists")
-    inode = await load_inode(txn, inode_id)
+    inode = await load_uncut(txn, inode_id)
     _check_openable(inode)
-    await check_uncut(txn, inode.id)
     changes = request.write or request.truncate
     reads = request.read or not changes
     require(inode, request.caller, (WRITE if changes else 0) | (READ if reads else 0))
@@ -185,9 +184,8 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
         await _clear_behind(context, request, request.inode, 0)
 
     async def work(txn: Transaction) -> InodeAnswer:
-        inode = await load_inode(txn, request.inode)
+        inode = await load_uncut(txn, request.inode)
         _check_openable(inode)
-        await check_uncut(txn, inode.id)
         require(inode, request.caller, want)
         if request.truncate:
             inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
@@ -259,11 +257,10 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         await _clear_behind(context, request, request.inode, request.length)
 
     async def work(txn: Transaction) -> InodeAnswer:
-        inode = await load_inode(txn, request.inode)
-        changed = inode
+        load = load_inode if request.length is None else load_uncut
+        inode = changed = await load(txn, request.inode)
         if request.length is not None:
             await _check_truncate(txn, inode, request)
-            await check_uncut(txn, inode.id)
             told = replace(inode, length=told_length(inode, request))
             changed = await _set_length(
                 txn, context, told, request.length, request.caller, request.session
@@ -304,8 +301,7 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
     """Take over a writer's length and times; end its session; make it durable."""
 
     async def work(txn: Transaction) -> InodeAnswer:
-        inode = await load_inode(txn, request.inode)
-        await check_uncut(txn, inode.id)
+        inode = await load_uncut(txn, request.inode)
         changed = await _settled(txn, context, inode, request)
         if request.close:
             txn.clear(keys.session_key(inode.id, request.session))

@@ -23,12 +23,13 @@ from emberfs.proto.ids import SECOND, NodeId, RoutingVersion
 from emberfs.proto.rendezvous import home_of
 from emberfs.runtime.env import Env
 
-REPLACED_NS = 10 * SECOND  # how long a process goes on, at most, when another has its node id
+REPLACED_NS = 2 * SECOND  # and a lease: how long a process may go on when another has its node id
 
 
 class Lease(Protocol):
     """What is asked of client.agent.Agent."""
 
+    lease_ns: int
     needs_version: RoutingVersion
     told_version: RoutingVersion
 
@@ -120,8 +121,8 @@ class Shared:
         """See Tenure."""
         if owner is None:  # of a server that knew of no others
             return True
-        snapshot = self._fresh()
-        if snapshot is None or owner == self.owner():
+        snapshot, lease = self._fresh(), self.lease
+        if snapshot is None or lease is None or owner == self.owner():
             return False
         if owner.incarnation == self.incarnation:
             return True  # an earlier tenure of this process
@@ -131,7 +132,8 @@ class Shared:
         if node is None or node.incarnation == owner.incarnation:
             return node is None or not node.alive
         now_ns = self._env.now_ns()
-        return now_ns - self._replaced_ns.setdefault(owner, now_ns) >= REPLACED_NS
+        since_ns = self._replaced_ns.setdefault(owner, now_ns)
+        return now_ns - since_ns >= lease.lease_ns + REPLACED_NS
 
     def is_mine(self, key: int) -> bool:
         """See Tenure."""

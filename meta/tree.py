@@ -20,7 +20,11 @@ async def find_inode(txn: Transaction, inode: InodeId) -> Inode | None:
 
 async def load_inode(txn: Transaction, inode: InodeId) -> Inode:
     """Return the inode or raise NOT_FOUND."""
-    value = await txn.get(keys.inode_key(inode))
+    return read_inode(inode, await txn.get(keys.inode_key(inode)))
+
+
+def read_inode(inode: InodeId, value: bytes | None) -> Inode:
+    """Return the inode of a record or raise NOT_FOUND if there is none."""
     if value is None:
         raise EmberfsError(Code.NOT_FOUND, f"inode {inode} does not exist (any more)")
     return schema.INODE.decode(value)

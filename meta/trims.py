@@ -10,7 +10,7 @@ and take the record over when its tenure is over.
 
 While a trim is pending, whoever would open the file, extend it or settle a length waits for it:
 otherwise the cut could take data that was written after the file shrank. They look for the record
-in their own transactions (check_uncut).
+in their own transactions (load_uncut).
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from emberfs.meta import schema
 from emberfs.meta.metrics import TRIMS_PENDING
 from emberfs.meta.schema import Owner
 from emberfs.meta.tenure import Tenure
+from emberfs.meta.tree import read_inode
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import MS, SECOND, ChainId, InodeId
@@ -87,10 +88,12 @@ class TrimError(Exception):
         self.inode = inode
 
 
-async def check_uncut(txn: Transaction, inode: InodeId) -> None:
-    """Raise TrimError while a trim of the file is pending; see Trims.after."""
-    if await txn.get(keys.trim_key(inode)) is not None:
+async def load_uncut(txn: Transaction, inode: InodeId) -> Inode:
+    """Return an inode or raise NOT_FOUND; TrimError while a trim is pending: see Trims.after."""
+    value, trim = await txn.get_many((keys.inode_key(inode), keys.trim_key(inode)))
+    if trim is not None:
         raise TrimError(inode)
+    return read_inode(inode, value)
 
 
 async def cut_behind(txn: Transaction, inode: Inode, length: int, tenure: Tenure) -> None:

@@ -79,11 +79,13 @@ def test_r9_o11_metadata_servers_are_killed_and_frozen_in_turn(
         loads = Loads(cluster, tmp_path)
         try:
             loads.go_on()
-            for killed, frozen in (("meta", "meta2"), ("meta2", "meta")):
+            for killed in ("meta", "meta2", "meta", "meta2"):
                 cluster.kill(killed)
                 loads.go_on()
                 cluster.start(killed)
                 wait_until(lambda: "dead" not in cluster.status(), 20, pause_s=0.3)
+            print(f"\n{kind}: kill -9 delayed an operation by {loads.longest_s:.1f} s at most")
+            for frozen in ("meta2", "meta"):
                 pid = cluster.pid(frozen)
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(LEASE_S + 2)
@@ -91,7 +93,7 @@ def test_r9_o11_metadata_servers_are_killed_and_frozen_in_turn(
                 os.kill(pid, signal.SIGCONT)
                 wait_until(lambda: "dead" not in cluster.status(), 20, pause_s=0.3)
                 loads.go_on()
-            print(f"\n{kind}: the longest operation took {loads.longest_s:.1f} s")
+            print(f"{kind}: the longest operation of all took {loads.longest_s:.1f} s")
             assert loads.longest_s < PAUSE_MAX_S
             loads.finish()
         finally:

@@ -311,11 +311,8 @@ def cuts_are_not_resumed(patch: Patch) -> None:
 
         return finish
 
-    async def check_uncut(txn: Any, inode: Any) -> None:
-        return
-
     patch.wrap(Trims, "finish", make)
-    patch.set(files, "check_uncut", check_uncut)
+    patch.set(files, "load_uncut", tree.load_inode)
 
 
 @mutation("meta power", f"{CONTENT}, names not durable, names after a power cut")

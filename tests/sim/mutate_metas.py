@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from emberfs.client import metadata
 from emberfs.client.metachoice import MetaServers
-from emberfs.meta import chunkguard, files
+from emberfs.meta import chunkguard, files, tree
 from emberfs.meta.collect import Collector
 from emberfs.meta.forgetting import Forgetting
 from emberfs.meta.tenure import Shared
@@ -44,10 +44,7 @@ def cuts_go_on_after_a_tenure(patch: Patch) -> None:
 def cuts_of_others_are_not_waited_for(patch: Patch) -> None:
     """A file is opened and settled while another server cuts it."""
 
-    async def check_uncut(txn: Any, inode: Any) -> None:
-        return
-
-    patch.set(files, "check_uncut", check_uncut)
+    patch.set(files, "load_uncut", tree.load_inode)
 
 
 @mutation("metas storm", FOUND)

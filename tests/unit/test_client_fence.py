@@ -119,6 +119,33 @@ def test_r12_o11_sessions_are_renewed_when_meta_has_a_new_life():
     run(test)
 
 
+def test_sessions_are_left_alone_when_another_metadata_server_has_lived_on():
+    """What they share loses no commit; a restart of one is no reason to open everything anew."""
+
+    async def test(world):
+        nodes = dict(world.routing.snapshot.nodes)
+        number = next(n for n, node in nodes.items() if node.kind == NodeKind.META)
+        second = msgspec.structs.replace(nodes[number], id=number + 50, incarnation=7)
+        nodes[second.id] = second
+        world.routing.publish(nodes)
+        client = world.client(routing=world.routing)
+        file = await make(client)
+        world.meta.sessions.clear()
+        nodes[number] = msgspec.structs.replace(nodes[number], incarnation=99)
+        world.routing.publish(nodes)
+        await asyncio.sleep(0.1)
+        assert not +world.meta.sessions
+        dead = {n: msgspec.structs.replace(node, alive=n != second.id) for n, node in nodes.items()}
+        world.routing.publish(dead)
+        dead[number] = msgspec.structs.replace(dead[number], incarnation=100)
+        world.routing.publish(dead)
+        await asyncio.sleep(0.1)
+        assert world.meta.sessions[file.inode_id, file.session] == 1
+        await file.close()
+
+    run(test)
+
+
 def test_a_session_that_is_renewed_while_its_file_closes_does_not_stay():
     async def test(world):
         client = world.client(routing=world.routing)

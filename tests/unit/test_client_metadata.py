@@ -152,3 +152,30 @@ def test_dead_in_routing_ends_a_pending_call():
         assert time.perf_counter() - began < 1
 
     run(test)
+
+
+def test_c9_a_retry_at_another_server_says_that_there_may_be_a_copy():
+    """Whoever performs it remembers the outcome for all; a retry at the same server needs not."""
+
+    async def test(world):
+        other = FakeMeta(world.env, world, META_NODE + 1)
+        await other.start()
+        try:
+            nodes = dict(world.routing.snapshot.nodes)
+            world.routing.publish({**nodes, other.id: other.record()})
+            meta = metadata_of(world, attempt_ns=200 * MS)
+            await meta.getattr(1)
+            home, second = (world.meta, other) if world.meta.calls else (other, world.meta)
+            home.refuse.append(Code.OVERLOADED)
+            await meta.mknod(ME, 1, b"a", 0o040755)
+            assert [key.elsewhere for key in home.requests] == [False]
+            home.hang = True
+            await meta.mknod(ME, 1, b"b", 0o040755)
+            assert [(key.sequence, key.elsewhere) for key in second.requests] == [(2, True)]
+            await meta.mknod(ME, 1, b"c", 0o040755)  # the first one is left alone now
+            assert [key.elsewhere for key in second.requests] == [True, False]
+        finally:
+            home.hang = False
+            await other.stop()
+
+    run(test)

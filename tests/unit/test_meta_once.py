@@ -15,13 +15,14 @@ from emberfs.kv import keys
 from emberfs.kv.rocks import RocksStore
 from emberfs.kv.transaction import Transaction
 from emberfs.meta import files, namespace, rename, replies, xattr
+from emberfs.meta.context import Context, Policy
 from emberfs.meta.forgetting import BATCH_ROWS
 from emberfs.meta.format import open_file_system
 from emberfs.meta.rename import EXCHANGE
 from emberfs.proto import meta_calls as calls
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ROOT_INODE, SECOND, InodeId, SessionId
-from unit.meta_world import BOB, CLIENT, ROOT, World, fails, play
+from unit.meta_world import BOB, CHUNK, CLIENT, ROOT, World, fails, play
 
 ID = calls.RequestId(CLIENT, 900)
 S5 = SessionId(5)
@@ -205,6 +206,29 @@ def test_o22_replies_are_forgotten_after_their_time_and_not_before() -> None:
         w.env.skipped_ns += 25 * 3600 * SECOND
         assert await sweep(w) == 1
         assert len(w.rows(keys.Prefix.MARK)) == len(w.rows(keys.Prefix.REPLY_AGE)) == 0
+
+    play(scene)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_c9_a_copy_at_another_server_does_what_the_retry_was_told(elsewhere: bool) -> None:
+    """A failed call leaves a record if it was tried elsewhere before, and only then."""
+
+    async def scene(w: World) -> None:
+        await w.mkdir(b"d")
+        await w.mkdir(b"full", (await w.lookup(b"d")).id)
+        other = Context(w.env, w.engine, w.chunks, lambda: w.routing, Policy(CHUNK, 16))
+        retry = calls.RequestId(CLIENT, 900, elsewhere)
+        request = calls.RemoveRequest(ROOT, retry, ROOT_INODE, b"d", directory=True)
+        await fails(Code.NOT_EMPTY, namespace.remove(w.context, request))
+        await w.rmdir(b"full", (await w.lookup(b"d")).id)
+        first = calls.RequestId(CLIENT, 900)
+        copy = calls.RemoveRequest(ROOT, first, ROOT_INODE, b"d", directory=True)
+        if elsewhere:
+            await fails(Code.NOT_EMPTY, namespace.remove(other, copy))
+            await w.lookup(b"d")
+        else:  # its client has never asked anybody else: there is no such copy
+            await namespace.remove(other, copy)
 
     play(scene)
 

@@ -1,6 +1,7 @@
 """The dispatch table, over a real socket; configuration."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -9,12 +10,14 @@ import pytest
 from emberfs.fabric.pool import PeerPool
 from emberfs.fabric.server import Server
 from emberfs.meta.dispatch import BINDINGS, handlers
-from emberfs.meta.server import MetaConfig, check_config
+from emberfs.meta.server import MetaConfig, MetaService, check_config
 from emberfs.proto import meta_calls as calls
 from emberfs.proto import quota_calls
+from emberfs.proto.cluster import EMPTY_ROUTING, Node, NodeKind
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import ROOT_INODE, SECOND, SessionId
+from emberfs.proto.ids import ROOT_INODE, SECOND, NodeId, SessionId
 from emberfs.proto.method import Method
+from emberfs.runtime.real import RealEnv
 from unit.meta_world import CLIENT, ROOT, World, play
 
 
@@ -106,3 +109,22 @@ def test_a_lookup_is_quick() -> None:
         await asyncio.sleep(0)
 
     play(scene)
+
+
+@pytest.mark.parametrize(
+    ("store", "alive", "refused"),
+    [("", True, True), ("", False, False), ("etcd://127.0.0.1:2379/x", True, False)],
+)
+def test_two_servers_with_a_store_each_are_refused(store: str, alive: bool, refused: bool) -> None:
+    """They would be two file systems; on a shared store there may be many."""
+    config = MetaConfig("c", 2, ("127.0.0.1:1",), ("tcp://127.0.0.1:0",), data="/x", store=store)
+    other = Node(NodeId(3), NodeKind.META, "there", (), 1, alive=alive)
+    snapshot = msgspec.structs.replace(EMPTY_ROUTING, nodes={other.id: other})
+    cluster: Any = SimpleNamespace(routing=SimpleNamespace(snapshot=snapshot))
+    service = MetaService(config, RealEnv())
+    if refused:
+        with pytest.raises(EmberfsError, match='needs the same "store"') as caught:
+            service._refuse_beside_others(cluster)
+        assert caught.value.code == Code.CONFIG
+    else:
+        service._refuse_beside_others(cluster)
