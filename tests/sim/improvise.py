@@ -44,7 +44,7 @@ THEMES: dict[str, tuple[str, ...]] = {
     "removals": ("write", "remove", "remove", "sweep", "sweep", "deaf", "deaf", *_ANEW),
     "partitions": (*_USE, *_LATE, "out of sight", "alone", "stall", "remove"),
     # In the end the power of all fails; what was flushed must be there.
-    "blackout": (*_USE, "flush", "flush", *_LATE, "stall", "bounce", "away", "remove"),
+    "blackout": (*_USE, "flush", "flush", *_LATE, "stall", "bounce", "away"),
     "losses": (*_USE, *_LATE, "power", "blank", "remove"),
     "all": (*_USE, *_LATE, *_FAULTS, "restart", "remove"),
 }
