@@ -249,9 +249,10 @@ class FileLane:
             return self._failed(opened, "stat", problem)
         try:
             if append:
-                await file.write(op.payload)
-                if file.tell() != op.stop:
-                    self._load.note(f"an append of #{op.number} went to {file.tell()}")
+                try:
+                    await file.write(op.payload)
+                finally:  # somebody may have set another length since
+                    self._history.moved(op, file._file.append_offset)
             else:
                 await file.pwrite(op.payload, offset)
         except FileSystemError as problem:

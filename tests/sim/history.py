@@ -161,6 +161,12 @@ class History:
         self._emit(op)
         return op
 
+    def moved(self, op: Op, offset: int) -> None:
+        """Note that a write went elsewhere than was foreseen: there it is another stamp."""
+        if offset != op.offset:
+            op.data, op.offset = runs_of(op.payload, offset), offset
+            op.stamp = number_of(op.data[0].cell) or 0
+
     def end(
         self, op: Op, now_ns: int, outcome: str, data: bytes = b"", *, result: str = ""
     ) -> None:
