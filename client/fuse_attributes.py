@@ -85,7 +85,7 @@ def changes(wanted: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> C
         found["length"] = wanted.st_size
     if fields.update_atime:
         found["atime_ns"] = explicit_time(wanted.st_atime_ns)
-    if fields.update_mtime:
+    if fields.update_mtime and not fields.update_size:  # beside a length it is the kernel's own
         found["mtime_ns"] = explicit_time(wanted.st_mtime_ns)
     return found
 

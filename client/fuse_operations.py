@@ -42,7 +42,7 @@ from emberfs.client.openfile import OpenFile, OpenFiles
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import XATTR_NAME_BYTES_MAX, Inode
 from emberfs.proto.ids import SECOND, InodeId, SessionId
-from emberfs.proto.meta_calls import ReaddirRow
+from emberfs.proto.meta_calls import Caller, ReaddirRow
 from emberfs.runtime.env import Env
 
 CAPABILITY = b"security.capability"
@@ -136,17 +136,20 @@ class EmberOperations(pyfuse3.Operations):
             return self._attributes(await self._inode(inode), mark)
         if "length" in wanted or "mtime_ns" in wanted:
             self._known.of(inode).cached = None
+        caller = self._callers.of(ctx)
+        if self._policy.writeback and fields.update_ctime and wanted.keys() == {"mtime_ns"}:
+            caller = ROOT  # the time of gathered writes, told by the kernel in whoever's name
         session = NO_SESSION
         if fh is not None and "length" in wanted:
             session = self._open.get(fh).file.session
         try:
             with looked_up_anew():
-                found = await self._set(inode, wanted, session, ctx)
+                found = await self._set(caller, inode, wanted, session)
         except EmberfsError as problem:
             now = touched(wanted, self.requests.env.wall_ns())
             if problem.code != Code.NOT_PERMITTED or now is None:
                 raise
-            found = await self._set(inode, now, session, ctx)
+            found = await self._set(caller, inode, now, session)
         return self._attributes(found, mark)
 
     @handler
@@ -414,10 +417,7 @@ class EmberOperations(pyfuse3.Operations):
         elif name in ACLS:
             known.no_acl = False
 
-    async def _set(
-        self, inode: int, wanted: Changes, session: SessionId, ctx: RequestContext
-    ) -> Inode:
-        caller = self._callers.of(ctx)
+    async def _set(self, caller: Caller, inode: int, wanted: Changes, session: SessionId) -> Inode:
         return await self._files.setattr(caller, InodeId(inode), session=session, **wanted)
 
     async def _inode(self, inode: int) -> Inode:

@@ -9,7 +9,7 @@ import pytest
 from semantics import posix_acls
 from semantics.mounting import mounted, needs_fuse
 from semantics.posix_cases import Case, cases, simple_cases
-from semantics.posix_tools import open_place
+from semantics.posix_tools import ALICE, BOB, make_file, open_place, opened
 
 
 @pytest.fixture(scope="module", params=["plain", "writeback"])
@@ -48,3 +48,19 @@ def _run(case: Case, mount: Path) -> None:
 @needs_fuse
 def test_acl_cases_are_not_skipped(real_meta_mount: Path) -> None:
     assert posix_acls.has_acls(real_meta_mount)
+
+
+@needs_fuse
+def test_gathered_writes_of_who_does_not_own_the_file() -> None:
+    """With writeback the kernel tells times of its own, which only owners may set."""
+    with open_place() as place, mounted(place, "real", "writeback"):
+        path = make_file(place / "f", ALICE, 0o666, b"0123456789")
+
+        def write() -> None:
+            with opened(path, os.O_RDWR) as fd:
+                os.write(fd, b"new")
+                os.fsync(fd)
+
+        BOB.may(write)
+        BOB.may(lambda: os.truncate(path, 5))
+        assert path.read_bytes() == b"new34"
