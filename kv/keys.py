@@ -54,6 +54,7 @@ FILE_SYSTEM_KEY = _P[Prefix.FILE_SYSTEM]
 INODE_BLOCK_KEY = _P[Prefix.COUNTER] + b"inode-block"  # next block of ids to hand out
 SEARCHED_BLOCK_KEY = _P[Prefix.COUNTER] + b"searched-block"  # up to it: no lost inode has chunks
 OWNER_KEY = _P[Prefix.OWNER]
+OWNER_STOP = b"P"  # behind all that begins with it
 LOADING_KEY = _P[Prefix.ENGINE] + b"l"  # there while a backup is being loaded
 STAMP_KEY = _P[Prefix.ENGINE] + b"n"  # last stamp given, where the engine has none of its own
 INODE_COUNT_KEY = _P[Prefix.COUNTER] + b"inodes"

@@ -172,7 +172,7 @@ async def answered(work: Awaitable[T], *, wrote: bool) -> T:
 def explained(problem: psycopg.Error, *, wrote: bool) -> EmberfsError:
     """Say in our words what went wrong.
 
-    CONFLICT, NO_SPACE, DISK, CONFIG. Else AwayError if nothing was to be committed, or MAYBE_COMMITTED.
+    CONFLICT, NO_SPACE, DISK, CONFIG. Else AwayError, or MAYBE_COMMITTED if it `wrote`.
     """
     state, words = problem.sqlstate or "", str(problem).strip().replace("\n", "; ")
     if state in _CONFLICTS:
