@@ -140,8 +140,12 @@ def down(
 
 @app.command("clean-data")
 def clean_data(directory: Directory = HERE) -> None:
-    """Delete a stopped local cluster with all its data."""
+    """Delete a stopped local cluster with all its data, also that in a shared store."""
     try:
+        plan = load_plan(directory.absolute())
+        if plan is not None and plan.store:
+            local_cluster.refuse_running(plan)
+            perform(meta_store.clear(RealEnv(), plan.store, plan.cluster))
         local_cluster.clean_data(directory.absolute())
     except EmberfsError as problem:
         fail(problem.message)

@@ -215,10 +215,15 @@ def clean_data(directory: Path) -> None:
     plan = load_plan(directory)
     if plan is None:
         return
+    refuse_running(plan)
+    shutil.rmtree(directory)
+
+
+def refuse_running(plan: Plan) -> None:
+    """Raise BUSY if anything of the cluster runs."""
     names = [*plan.service_names(), "fuse"]
     running = [name for name in names if processes.running_pid(plan.process(name)) is not None]
     if running or is_ours(plan.mountpoint):
         raise EmberfsError(
             Code.BUSY, f"still running: {', '.join(running) or 'a mount'}; run `emberfs down` first"
         )
-    shutil.rmtree(directory)

@@ -49,9 +49,16 @@ def test_r9_a_cluster_on_etcd_whose_meta_is_killed(etcd: Etcd, unstarted: LocalC
     cluster.up()
     check_tree(cluster.mount)
     cluster.fsck()
+    assert cluster.emberfs("clean-data", check=False).returncode == 1  # it runs
+    cluster.emberfs("down")
+    cluster.emberfs("clean-data")
+    cluster.up("--store", url)
+    assert list(cluster.mount.iterdir()) == []
+    (cluster.mount / "new").write_text("x")
 
 
-def test_two_mgmtd_on_different_stores_are_refused(etcd: Etcd, unstarted: LocalCluster) -> None:
+def test_r11_two_mgmtd_on_different_stores_are_refused(etcd: Etcd, unstarted: LocalCluster) -> None:
+    """A mgmtd whose store is not that of its peer that leads ends with an error that says so."""
     cluster = unstarted
     cluster.up("--no-mount", "--store", f"etcd://{etcd.hosts}/right")
     (port,) = free_ports(1)
