@@ -7,6 +7,7 @@ import msgspec
 from emberfs.kv.transaction import Engine
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
+from emberfs.meta.inline import Versions
 from emberfs.meta.inode_ids import InodeIds
 from emberfs.meta.replies import Replies
 from emberfs.meta.trims import Chunks, Trims
@@ -23,6 +24,7 @@ class Policy(msgspec.Struct, frozen=True):
 
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     stripe: int = 16  # chains of one file, at most
+    inline_bytes_max: int = 0  # files up to this size have no chunks; 0: all have
 
 
 class Context:
@@ -43,6 +45,8 @@ class Context:
         self.routing = routing
         self.policy = policy
         self.ids = InodeIds(engine)
+        self.versions = Versions(engine)
+        self.promoting: set[InodeId] = set()  # files whose promotion may not be stable yet
         self.replies = Replies(env, engine)
         self.chunks = chunks
         self.clients = Clients(routing, is_fresh)
@@ -54,6 +58,7 @@ class Context:
 
     async def load(self) -> None:
         """Find what an earlier life of the server left to do. Before the first call."""
+        await self.versions.load()
         await self.replies.load()
         await self.trims.load()
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from emberfs.fabric.call import Handler, ServerCall
-from emberfs.meta import files, mend, namespace, records, rename, resolve, space, xattr
+from emberfs.meta import files, mend, namespace, promote, records, rename, resolve, space, xattr
 from emberfs.meta.context import Context
 from emberfs.meta.metrics import ERRORS, SECONDS
 from emberfs.proto import meta_calls
@@ -44,6 +44,8 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(meta_calls.FETCH_RECORDS, records.fetch),
     Binding(meta_calls.CENSUS, records.census),
     Binding(meta_calls.MEND, mend.mend),
+    Binding(meta_calls.CONTENT, files.content),
+    Binding(meta_calls.PROMOTE, promote.promote),
 )
 
 

@@ -1,7 +1,8 @@
 """Regular files: create, open, settle lengths, change attributes, truncate.
 
 A file's length is settled by its writers (SettleRequest) and cut by setattr. Cutting raises
-`truncate_version`, so that a length hint from before is recognised and ignored.
+`truncate_version`, so that a length hint from before is recognised and ignored. The content of an
+inline file comes with both (inline.py).
 """
 
 import stat
@@ -13,11 +14,12 @@ from msgspec.structs import replace
 
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
-from emberfs.meta import schema
+from emberfs.meta import inline, schema
 from emberfs.meta.attributes import after_write, is_privileged, with_attributes
 from emberfs.meta.context import Context
 from emberfs.meta.namespace import add_name, check_new_name, new_inode
 from emberfs.meta.permission import EXECUTE, READ, WRITE, require
+from emberfs.meta.promote import stable
 from emberfs.meta.tree import (
     destroy,
     find_entry,
@@ -37,8 +39,10 @@ from emberfs.proto.meta_calls import (
     SETATTR,
     SETTLE,
     Caller,
+    ContentRequest,
     CreateRequest,
     InodeAnswer,
+    OpenAnswer,
     OpenRequest,
     SetattrRequest,
     SettleRequest,
@@ -48,14 +52,14 @@ from emberfs.proto.method import Method
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-async def create(context: Context, request: CreateRequest) -> InodeAnswer:
+async def create(context: Context, request: CreateRequest) -> OpenAnswer:
     """Create, open or create-and-open in one transaction."""
     check_new_name(request.name)
     taken = await context.ids.take()
     if request.truncate:
         await _clear_existing(context, request)
 
-    async def work(txn: Transaction) -> InodeAnswer:
+    async def work(txn: Transaction) -> OpenAnswer:
         parent = await load_directory(txn, request.parent, request.caller, EXECUTE)
         entry = await find_entry(txn, parent.id, request.name)
         if entry is not None:
@@ -74,7 +78,7 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
             request.caller,
             request.write,
         )
-        return InodeAnswer(inode)
+        return OpenAnswer(inode)
 
     answer = await _run_open(context, CREATE, request, work)
     return await _opened(context, request, answer, is_new=answer.inode.id == taken)
@@ -98,10 +102,10 @@ async def _open_existing(
 
 async def _run_open(
     context: Context,
-    method: Method[Any, InodeAnswer],
+    method: Method[Any, OpenAnswer],
     request: CreateRequest | OpenRequest,
-    work: Callable[[Transaction], Awaitable[InodeAnswer]],
-) -> InodeAnswer:
+    work: Callable[[Transaction], Awaitable[OpenAnswer]],
+) -> OpenAnswer:
     """Perform an open; what a failed write has left behind the end is cut before."""
     while True:
         try:
@@ -143,14 +147,32 @@ async def _finish_trim(context: Context, inode: InodeId, *, recorded: bool) -> N
 
 
 async def _opened(
-    context: Context, request: CreateRequest | OpenRequest, answer: InodeAnswer, *, is_new: bool
-) -> InodeAnswer:
-    """Before the file is handed out: a writer begins behind what dead writers have left."""
-    inode = answer.inode.id
-    await _finish_trim(context, inode, recorded=request.truncate)
-    if request.write and not is_new and await adopt(context, inode):
-        return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)))
-    return answer
+    context: Context, request: CreateRequest | OpenRequest, answer: OpenAnswer, *, is_new: bool
+) -> OpenAnswer:
+    """Before the file is handed out: a writer begins behind what dead writers have left.
+
+    What the request is remembered by has no content: that may be large, and change.
+    """
+    inode, limit = answer.inode, context.policy.inline_bytes_max
+    if inode.inline and is_new:
+        return OpenAnswer(inode, b"", limit)
+    if not inode.inline:
+        await stable(context, inode.id)
+        await _finish_trim(context, inode.id, recorded=request.truncate)
+        if request.write and not is_new and await adopt(context, inode.id):
+            return OpenAnswer(await context.engine.run(partial(load_inode, inode=inode.id)))
+        return answer
+    found = await content(context, ContentRequest(inode.id))
+    if not found.inode.inline:  # it has grown meanwhile, perhaps by a hand that has died since
+        return await _opened(context, request, found, is_new=False)
+    return found
+
+
+async def content(context: Context, request: ContentRequest) -> OpenAnswer:
+    """Answer an inode with the content that an inline file has at the same moment."""
+    limit = context.policy.inline_bytes_max
+    work = partial(inline.answer, inode_id=request.inode, limit=limit)
+    return await context.engine.run(work, read_only=True)
 
 
 async def _clear_existing(context: Context, request: CreateRequest) -> None:
@@ -183,14 +205,14 @@ async def _clear_behind(
     await clear_behind(context, inode, request.request, length, check)
 
 
-async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
+async def open_(context: Context, request: OpenRequest) -> OpenAnswer:
     """Check permission and record the session; read sessions too, so that unlink keeps the data."""
     want = (READ if request.read else 0) | (WRITE if request.write or request.truncate else 0)
     await context.trims.finish(request.inode)
     if request.truncate:
         await _clear_behind(context, request, request.inode, 0)
 
-    async def work(txn: Transaction) -> InodeAnswer:
+    async def work(txn: Transaction) -> OpenAnswer:
         inode = await load_inode(txn, request.inode)
         _check_openable(inode)
         require(inode, request.caller, want)
@@ -208,7 +230,7 @@ async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
             request.caller,
             request.write,
         )
-        return InodeAnswer(inode)
+        return OpenAnswer(inode)
 
     answer = await _run_open(context, OPEN, request, work)
     return await _opened(context, request, answer, is_new=False)
@@ -241,14 +263,16 @@ async def _set_length(
     is known here, and tells its length later.
     """
     check_length(inode, length)
+    privileged, now_ns = is_privileged(caller), context.env.wall_ns()
+    if inode.inline:
+        cut = await inline.cut(txn, context.versions, inode, length)
+        return after_write(cut, privileged=privileged, now_ns=now_ns, mtime_ns=None)
     version, others = inode.truncate_version, await _is_written(txn, context, inode.id, session)
     if length < inode.length or others:
         await cut_behind(txn, inode, length)
         version += 1
     torn = inode.torn and others and length > inode.length
-    written = after_write(
-        inode, privileged=is_privileged(caller), now_ns=context.env.wall_ns(), mtime_ns=None
-    )
+    written = after_write(inode, privileged=privileged, now_ns=now_ns, mtime_ns=None)
     return replace(written, length=length, truncate_version=version, torn=torn)
 
 
@@ -308,7 +332,7 @@ async def _find_session(
 
 
 async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
-    """Take over a writer's length and times; end its session; make it durable."""
+    """Take over a writer's length and times, or content; end its session; make it durable."""
     await context.trims.finish(request.inode)
 
     async def work(txn: Transaction) -> InodeAnswer:
@@ -329,29 +353,38 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
     return answer
 
 
+def _written(context: Context, txn: Transaction, inode: Inode, request: SettleRequest) -> Inode:
+    """Return the inode with the length that it has by this request; itself if nothing changes."""
+    length = request.length
+    if length is not None and inode.is_file():
+        check_length(inode, length)
+    if request.content is not None:
+        return inline.put(txn, context.versions, inode, request)
+    if length is None or not inode.is_file() or inode.inline:
+        return inode
+    if request.truncate_version != inode.truncate_version or length <= inode.length:
+        return inode
+    return replace(inode, length=length)
+
+
 async def _settled(
     txn: Transaction, context: Context, inode: Inode, request: SettleRequest
 ) -> Inode:
-    grown = inode.length
-    if request.length is not None and inode.is_file():
-        check_length(inode, request.length)
-        if request.truncate_version == inode.truncate_version:
-            grown = max(inode.length, request.length)
+    written = _written(context, txn, inode, request)
     changed = inode
-    if grown != inode.length or request.mtime_ns is not None:
+    if written is not inode or request.mtime_ns is not None:
         privileged = True
         if inode.mode & _SET_ID:
             session = await _find_session(txn, inode.id, request.session)
             privileged = session is not None and session.privileged
         changed = after_write(
-            inode,
+            written,
             privileged=privileged,
             now_ns=context.env.wall_ns(),
             mtime_ns=request.mtime_ns,
         )
-        changed = replace(changed, length=grown)
     if request.atime_ns is not None:
         changed = replace(changed, atime_ns=request.atime_ns)
-    if request.torn and not changed.torn and inode.is_file():
+    if request.torn and not changed.torn and inode.is_file() and not inode.inline:
         changed = replace(changed, torn=True)
     return changed

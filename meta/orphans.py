@@ -5,6 +5,9 @@ chunks. Ids are reserved in blocks, durably and before use, and never given twic
 have ids of the blocks that earlier lives of the server have reserved since the last search. What
 has chunks there and no inode never will have one. The search waits for the clients that have such
 files open; they learn that the file is gone when they tell its length.
+
+Data ids of small files that grew are of the same blocks (meta/promote.py): chunks of one that no
+inode has are what an attempt has left.
 """
 
 import logging
@@ -94,7 +97,9 @@ class Orphans:
     async def _lost(self, inodes: list[InodeId]) -> list[InodeId]:
         async def missing(txn: Transaction) -> list[InodeId]:
             values = await txn.get_many([keys.inode_key(inode) for inode in inodes])
-            return [inode for inode, v in zip(inodes, values, strict=True) if v is None]
+            owners = await txn.get_many([keys.owner_key(inode) for inode in inodes])
+            known = zip(inodes, values, owners, strict=True)
+            return [inode for inode, v, owner in known if v is None and owner is None]
 
         return await self._engine.run(missing, read_only=True)
 

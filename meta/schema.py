@@ -8,6 +8,8 @@
 | XATTR | raw bytes | its inode exists |
 | DELETED | Deleted | no inode of that id exists; its chunks may |
 | TRIM | Trim | its inode exists; chunks at or beyond `length` may still be there |
+| INLINE | raw bytes | its inode exists and is inline; not longer than it, no zeros at its end |
+| OWNER | inode, 8 bytes | the inode exists, and its layout has this data id |
 | REPLY, REPLY_AGE | Reply, nothing | both or neither |
 
 Values are msgpack, maps for what may grow fields and arrays for small hot records.

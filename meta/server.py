@@ -21,6 +21,7 @@ from emberfs.meta.orphans import Orphans
 from emberfs.meta.sessions import SessionSweeper
 from emberfs.proto.cluster import Node, NodeKind
 from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import INLINE_BYTES_MAX
 from emberfs.proto.ids import (
     CHUNK_BYTES_DEFAULT,
     CHUNK_BYTES_MAX,
@@ -36,6 +37,7 @@ log = logging.getLogger("emberfs.meta.server")
 
 DRAIN_NS = 2 * SECOND
 STRIPE_MAX = 1024
+INLINE_BYTES_DEFAULT = 0
 
 
 class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +53,7 @@ class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: str = "INFO"
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     stripe: int = 16  # chains that one file is spread over, at most
+    inline_bytes_max: int = INLINE_BYTES_DEFAULT  # smaller files have no chunks; 0: all have
     session_grace_s: float = 30.0
     start_timeout_s: float = 10.0
 
@@ -66,6 +69,11 @@ def check_config(config: MetaConfig) -> None:
         )
     if not 1 <= config.stripe <= STRIPE_MAX:
         raise EmberfsError(Code.CONFIG, f"stripe = {config.stripe}: write 1 to {STRIPE_MAX}")
+    if not 0 <= config.inline_bytes_max <= INLINE_BYTES_MAX:
+        raise EmberfsError(
+            Code.CONFIG,
+            f"inline_bytes_max = {config.inline_bytes_max}: write 0 to {INLINE_BYTES_MAX}",
+        )
     if not (config.mgmtd and config.listen):
         raise EmberfsError(Code.CONFIG, "mgmtd and listen need at least one address each")
     if config.session_grace_s <= 0 or config.start_timeout_s <= 0:
@@ -118,7 +126,7 @@ class MetaService:
 
     async def _serve(self, engine: Engine, cluster: Cluster, timeout_ns: int) -> None:
         config, env = self._config, self._env
-        policy = Policy(config.chunk_bytes, config.stripe)
+        policy = Policy(config.chunk_bytes, config.stripe, config.inline_bytes_max)
         context = Context(
             env,
             engine,

@@ -111,5 +111,10 @@ async def destroy(txn: Transaction, inode: Inode, now_ns: int) -> None:
         txn.clear(key)
     if inode.layout is not None:
         txn.clear(keys.trim_key(inode.id))
+    if inode.inline:
+        txn.clear(keys.inline_key(inode.id))
+    elif inode.layout is not None:
+        if inode.layout.data:
+            txn.clear(keys.owner_key(inode.layout.data))
         value = schema.DELETED.encode(schema.Deleted(inode.layout))
         txn.set(keys.deleted_key(now_ns, inode.id), value)

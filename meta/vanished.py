@@ -52,8 +52,8 @@ async def measure(
         return await find_inode(txn, inode_id)
 
     inode = await engine.run(find, read_only=True)
-    if inode is None or inode.layout is None:
-        return None
+    if inode is None or inode.layout is None or inode.inline:
+        return None  # nothing is written to an inline file but by settling it
     first = inode.length // inode.layout.chunk_bytes
     end = await chunks.end_of(inode_id, inode.layout, first, TIMEOUT_NS)
     return Measured(inode.truncate_version, end)
@@ -101,7 +101,7 @@ async def clear_behind(
 
     async def nobody_writes(txn: Transaction) -> Inode | None:
         inode = await find_inode(txn, inode_id)
-        if inode is None or inode.layout is None or length < inode.length:
+        if inode is None or inode.layout is None or inode.inline or length < inode.length:
             return None
         if await context.replies.is_known(txn, request):
             return None
