@@ -224,7 +224,7 @@ class Metadata:
         write: bool,
         exclusive: bool = False,
         truncate: bool = False,
-    ) -> Inode:
+    ) -> calls.OpenAnswer:
         """Create and open a regular file, or open an existing one unless `exclusive` (EXISTS)."""
         request = calls.CreateRequest(
             caller=caller,
@@ -237,7 +237,7 @@ class Metadata:
             exclusive=exclusive,
             truncate=truncate,
         )
-        return (await self._call(calls.CREATE, request)).inode
+        return await self._call(calls.CREATE, request)
 
     async def open(
         self,
@@ -248,7 +248,7 @@ class Metadata:
         read: bool,
         write: bool,
         truncate: bool = False,
-    ) -> Inode:
+    ) -> calls.OpenAnswer:
         """Open a regular file: permission is checked, a session recorded."""
         request = calls.OpenRequest(
             caller=caller,
@@ -259,7 +259,7 @@ class Metadata:
             write=write,
             truncate=truncate,
         )
-        return (await self._call(calls.OPEN, request)).inode
+        return await self._call(calls.OPEN, request)
 
     async def settle(
         self,
@@ -273,8 +273,10 @@ class Metadata:
         close: bool = False,
         durable: bool = False,
         torn: bool = False,
+        content: bytes | None = None,
+        inline_version: int = 0,
     ) -> Inode:
-        """Report length and times of an open file; see SettleRequest."""
+        """Report length, times or content of an open file; see SettleRequest. SUPERSEDED."""
         request = calls.SettleRequest(
             request=self._request_id(),
             inode=inode,
@@ -286,8 +288,19 @@ class Metadata:
             close=close,
             durable=durable,
             torn=torn,
+            content=content,
+            inline_version=inline_version,
         )
         return (await self._call(calls.SETTLE, request)).inode
+
+    async def content(self, inode: InodeId) -> calls.OpenAnswer:
+        """Fetch the content of an inline file with its inode. NOT_FOUND."""
+        return await self._call(calls.CONTENT, calls.ContentRequest(inode=inode))
+
+    async def promote(self, inode: InodeId) -> Inode:
+        """Let an inline file have chunks, for good; returns it when that is stable. NOT_FOUND."""
+        request = calls.PromoteRequest(request=self._request_id(), inode=inode)
+        return (await self._call(calls.PROMOTE, request)).inode
 
     async def stable(self) -> None:
         """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""

@@ -27,6 +27,7 @@ from emberfs.proto.ids import (
     CHUNK_BYTES_MAX,
     CHUNK_BYTES_MIN,
     SECOND,
+    KiB,
     NodeId,
 )
 from emberfs.runtime.env import Env
@@ -37,7 +38,7 @@ log = logging.getLogger("emberfs.meta.server")
 
 DRAIN_NS = 2 * SECOND
 STRIPE_MAX = 1024
-INLINE_BYTES_DEFAULT = 0
+INLINE_BYTES_DEFAULT = 8 * KiB
 
 
 class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -197,6 +197,7 @@ class World:
             data="/meta",
             chunk_bytes=CHUNK_BYTES_MIN,
             session_grace_s=10.0,
+            inline_bytes_max=INLINE_BYTES_MAX,
         )
         while True:
             service = MetaService(
