@@ -58,6 +58,7 @@ async def create(context: Context, request: CreateRequest) -> OpenAnswer:
     taken = await context.ids.take()
     if request.truncate:
         await _clear_existing(context, request)
+    contents: dict[int, bytes] = {}
 
     async def work(txn: Transaction) -> OpenAnswer:
         parent = await load_directory(txn, request.parent, request.caller, EXECUTE)
@@ -78,10 +79,11 @@ async def create(context: Context, request: CreateRequest) -> OpenAnswer:
             request.caller,
             request.write,
         )
+        await _note_content(txn, inode, contents)
         return OpenAnswer(inode)
 
     answer = await _run_open(context, CREATE, request, work)
-    return await _opened(context, request, answer, is_new=answer.inode.id == taken)
+    return await _opened(context, request, answer, contents, is_new=answer.inode.id == taken)
 
 
 async def _open_existing(
@@ -146,26 +148,32 @@ async def _finish_trim(context: Context, inode: InodeId, *, recorded: bool) -> N
         await context.trims.finish(inode)
 
 
+async def _note_content(txn: Transaction, inode: Inode, contents: dict[int, bytes]) -> None:
+    """Keep the content apart from what the request is remembered by: it may be large."""
+    if inode.inline:
+        contents[inode.inline_version] = await inline.read_content(txn, inode)
+
+
 async def _opened(
-    context: Context, request: CreateRequest | OpenRequest, answer: OpenAnswer, *, is_new: bool
+    context: Context,
+    request: CreateRequest | OpenRequest,
+    answer: OpenAnswer,
+    contents: dict[int, bytes],
+    *,
+    is_new: bool,
 ) -> OpenAnswer:
     """Before the file is handed out: a writer begins behind what dead writers have left.
 
-    What the request is remembered by has no content: that may be large, and change.
+    A retry is answered without content, which the client fetches then.
     """
     inode, limit = answer.inode, context.policy.inline_bytes_max
-    if inode.inline and is_new:
-        return OpenAnswer(inode, b"", limit)
-    if not inode.inline:
-        await stable(context, inode.id)
-        await _finish_trim(context, inode.id, recorded=request.truncate)
-        if request.write and not is_new and await adopt(context, inode.id):
-            return OpenAnswer(await context.engine.run(partial(load_inode, inode=inode.id)))
-        return answer
-    found = await content(context, ContentRequest(inode.id))
-    if not found.inode.inline:  # it has grown meanwhile, perhaps by a hand that has died since
-        return await _opened(context, request, found, is_new=False)
-    return found
+    if inode.inline:
+        return OpenAnswer(inode, contents.get(inode.inline_version), limit)
+    await stable(context, inode.id)
+    await _finish_trim(context, inode.id, recorded=request.truncate)
+    if request.write and not is_new and await adopt(context, inode.id):
+        return OpenAnswer(await context.engine.run(partial(load_inode, inode=inode.id)))
+    return answer
 
 
 async def content(context: Context, request: ContentRequest) -> OpenAnswer:
@@ -211,6 +219,7 @@ async def open_(context: Context, request: OpenRequest) -> OpenAnswer:
     await context.trims.finish(request.inode)
     if request.truncate:
         await _clear_behind(context, request, request.inode, 0)
+    contents: dict[int, bytes] = {}
 
     async def work(txn: Transaction) -> OpenAnswer:
         inode = await load_inode(txn, request.inode)
@@ -230,10 +239,11 @@ async def open_(context: Context, request: OpenRequest) -> OpenAnswer:
             request.caller,
             request.write,
         )
+        await _note_content(txn, inode, contents)
         return OpenAnswer(inode)
 
     answer = await _run_open(context, OPEN, request, work)
-    return await _opened(context, request, answer, is_new=False)
+    return await _opened(context, request, answer, contents, is_new=False)
 
 
 # ---------------------------------------------------------------- length

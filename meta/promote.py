@@ -57,18 +57,27 @@ async def stable(context: Context, inode: InodeId) -> None:
         await context.engine.sync()
 
 
+async def new_data_id(context: Context, inode: Inode) -> InodeId:
+    """Return an id that no chunk was ever named by, not even in an attempt."""
+    return await context.ids.take()
+
+
+def is_same(now: Inode, inode: Inode) -> bool:
+    """Tell whether a file has still the content that was read with `inode`."""
+    return now.inline and now.inline_version == inode.inline_version
+
+
 async def _attempt(
     context: Context, request: PromoteRequest, inode: Inode, content: bytes
 ) -> InodeAnswer:
     assert inode.layout is not None
     began_ns, layout = context.env.now_ns(), inode.layout
     if content:
-        layout = replace(layout, data=await context.ids.take())
+        layout = replace(layout, data=await new_data_id(context, inode))
 
     async def work(txn: Transaction) -> InodeAnswer:
         now = await load_inode(txn, inode.id)
-        late = context.env.now_ns() - began_ns > ATTEMPT_NS
-        if now.inline_version != inode.inline_version or not now.inline or late:
+        if not is_same(now, inode) or context.env.now_ns() - began_ns > ATTEMPT_NS:
             raise _MovedError
         promoted = replace(now, inline=False, layout=layout)
         store_inode(txn, promoted)
@@ -87,7 +96,7 @@ async def _attempt(
         return made
     finally:
         if not used and layout.data:
-            await _give_up(context, layout)
+            await give_up(context, layout)
 
 
 async def _write(context: Context, inode: InodeId, layout: Layout, content: bytes) -> None:
@@ -99,7 +108,7 @@ async def _write(context: Context, inode: InodeId, layout: Layout, content: byte
         await chunks.flush(sorted(touched), CHUNK_TIMEOUT_NS)
 
 
-async def _give_up(context: Context, layout: Layout) -> None:
+async def give_up(context: Context, layout: Layout) -> None:
     """Chunks of an attempt that came to nothing go to the collector, unless it did take effect."""
 
     async def work(txn: Transaction) -> None:

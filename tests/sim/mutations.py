@@ -162,13 +162,14 @@ def load() -> dict[str, Mutation]:
         mutate_disk,
         mutate_failover,
         mutate_files,
+        mutate_inline,
         mutate_meta,
         mutate_recovery,
         mutate_replica,
     )
 
     chunks = (mutate_replica, mutate_recovery, mutate_disk, mutate_control, mutate_client)
-    for module in (*chunks, mutate_failover, mutate_meta, mutate_files):
+    for module in (*chunks, mutate_failover, mutate_meta, mutate_files, mutate_inline):
         assert module.__doc__
     return MUTATIONS
 

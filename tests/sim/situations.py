@@ -62,6 +62,7 @@ def load_all() -> dict[str, Situation]:
         situation_failover,
         situation_fencing,
         situation_files,
+        situation_inline,
         situation_names,
         situation_power,
         situation_recovery,
@@ -76,6 +77,7 @@ def load_all() -> dict[str, Situation]:
         situation_control,
         situation_failover,
         situation_files,
+        situation_inline,
         situation_names,
     )
     assert all(part.__doc__ for part in parts)
