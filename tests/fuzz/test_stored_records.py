@@ -58,6 +58,9 @@ def test_r14_every_order_preserving_key_comes_back() -> None:
         assert keys.unpack_session_key(keys.session_key(a, b)) == (a, b)
         assert keys.unpack_reply_age_key(keys.reply_age_key(a, c, b)) == (a, c, b)
         assert keys.unpack_inode_suffix(keys.deleted_key(c, a)) == a
+        assert keys.unpack_inode_suffix(keys.inline_key(a)) == a
+        assert keys.unpack_inode_suffix(keys.owner_key(a)) == a
+        assert keys.unpack_owner(keys.pack_owner(a)) == a
         assert (keys.session_key(a, c) < keys.session_key(b, c)) == (a < b)
         assert (keys.reply_age_key(a, b, c) < keys.reply_age_key(b, a, c)) == ((a, b) < (b, a))
         one, other = ids.pack_chunk_id(ids.InodeId(a), i), ids.pack_chunk_id(ids.InodeId(b), j)
