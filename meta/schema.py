@@ -24,7 +24,8 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import InodeId
 
-FORMAT = 1
+FORMAT = 2  # 1: without inline files, which a server of that time would show empty
+FORMATS_READ = (1, FORMAT)
 
 R = TypeVar("R", bound=msgspec.Struct)
 _ENCODE = msgspec.msgpack.Encoder().encode

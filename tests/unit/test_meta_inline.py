@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from emberfs.kv import keys
-from emberfs.meta import files, promote
+from emberfs.meta import files, promote, schema
 from emberfs.meta.orphans import Orphans
 from emberfs.meta.server import MetaConfig, check_config
 from emberfs.proto import meta_calls as calls
@@ -268,3 +268,18 @@ def test_the_setting_is_checked() -> None:
         config = MetaConfig("c", 1, ("m",), ("l",), "d", inline_bytes_max=wrong)
         with pytest.raises(EmberfsError, match="inline_bytes_max"):
             check_config(config)
+
+
+def test_a_store_without_inline_files_is_taken_over() -> None:
+    """And refused by a server of before from then on, which would show small files empty."""
+
+    async def scene(w: World) -> None:
+        key = keys.FILE_SYSTEM_KEY
+        w.store.write([(key, schema.FILE_SYSTEM.encode(schema.FileSystem("test", 1)))])
+        w.boot()
+        await w.open()
+        found = w.store.get(key)
+        assert found is not None
+        assert schema.FILE_SYSTEM.decode(found).format == schema.FORMAT
+
+    play_inline(scene)
