@@ -283,14 +283,14 @@ class FileState:
         async with self.lock.hold(0, END, exclusive=True):
             if drop:
                 self.buffer.cut(length)
-            while True:
-                await self._drain_for_cut()
-                async with self.attributes:
-                    if self.buffer:  # it was inline, and has got chunks
-                        continue
-                    inode = await perform()
-                    await self._was_cut(inode)
-                    break
+            was_small = self.small is not None
+            await self._drain_for_cut()
+            async with self.attributes:
+                if was_small and self.small is None:  # it has got chunks meanwhile
+                    await self.buffer.drain()
+                    await self._tell_before_cut(self._settle)
+                inode = await perform()
+                await self._was_cut(inode)
         return self.merged(inode)
 
     async def _drain_for_cut(self) -> None:
@@ -300,12 +300,14 @@ class FileState:
         length when the file grows, because some writer that has died may have left it there.
         """
         await self.buffer.drain()
+        if self.small is None:
+            await self._tell_before_cut(self.settle)
+
+    async def _tell_before_cut(self, settle: Callable[..., Awaitable[None]]) -> None:
         stop = self.buffer.committed_stop
-        if self.small is not None:
-            return
         if stop > self.server_length and self.write_sessions:
             self.written_stop = max(self.written_stop, stop)
-            await self.settle(next(iter(self.write_sessions)))
+            await settle(next(iter(self.write_sessions)), close=False, durable=False)
 
     async def _was_cut(self, inode: Inode) -> None:
         """Under the exclusive lock: meta has set the length."""
