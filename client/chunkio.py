@@ -13,7 +13,7 @@ from emberfs.client.gather import gather_all
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.fabric.region import Buffer, length_of
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.files import Layout, Piece, pieces
+from emberfs.proto.files import Layout, Piece, chunks_of, pieces
 from emberfs.proto.ids import SECOND, ChainId, ChunkId, InodeId, pack_chunk_id, unpack_chunk_id
 from emberfs.proto.storage_calls import UpdateKind, file_chunk_range
 from emberfs.runtime.env import Env
@@ -82,7 +82,7 @@ class ChunkIO:
         """
         await gather_all(
             [
-                self._writer.update(_write_of(piece, layout, data), timeout_ns)
+                self._writer.update(_write_of(inode, piece, layout, data), timeout_ns)
                 for piece in pieces(inode, layout, offset, length_of(data))
             ]
         )
@@ -113,7 +113,7 @@ class ChunkIO:
         Returns its chain if it was cut, see remove_chunks.
         """
         chain = layout.chains[index % len(layout.chains)]
-        chunk = pack_chunk_id(inode, index)
+        chunk = pack_chunk_id(chunks_of(inode, layout), index)
         rows = await self._writer.rows(chain, chunk, chunk + b"\0", 1, timeout_ns)
         # A pending version may be longer than what is committed; the update waits behind it.
         if rows and (rows[0].length > length or rows[0].pending):
@@ -140,7 +140,7 @@ class ChunkIO:
     async def _end_on(
         self, chain: ChainId, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
     ) -> int:
-        start, stop = file_chunk_range(inode, first_index)
+        start, stop = file_chunk_range(chunks_of(inode, layout), first_index)
         end, tries = 0, 0
         while rows := await self._writer.rows(chain, start, stop, LIST_ROWS, timeout_ns):
             for row in rows:
@@ -159,7 +159,7 @@ class ChunkIO:
         self, inode: InodeId, layout: Layout, timeout_ns: int = STORED_TIMEOUT_NS
     ) -> int | None:
         """What one replica holds of a file; None if that is too much to list."""
-        start, stop = file_chunk_range(inode, 0)
+        start, stop = file_chunk_range(chunks_of(inode, layout), 0)
         pages = await gather_all(
             [
                 self._writer.rows(chain, start, stop, STORED_ROWS, timeout_ns)
@@ -173,7 +173,7 @@ class ChunkIO:
     async def inodes_on(
         self, chain: ChainId, first: InodeId, stop: InodeId, timeout_ns: int = TIMEOUT_NS
     ) -> list[InodeId]:
-        """Return the inodes of [first, stop) that have chunks on a chain."""
+        """Return the ids of [first, stop) that name chunks on a chain."""
         found: list[InodeId] = []
         end = file_chunk_range(stop, 0)[0]
         while first < stop:
@@ -193,7 +193,7 @@ class ChunkIO:
         self, chain: ChainId, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
     ) -> int:
         """Remove what is listed until nothing is; returns how many chunks that were."""
-        start, stop = file_chunk_range(inode, first_index)
+        start, stop = file_chunk_range(chunks_of(inode, layout), first_index)
         count = 0
         while rows := await self._writer.rows(chain, start, stop, LIST_ROWS, timeout_ns):
             await gather_all(
@@ -206,7 +206,7 @@ class ChunkIO:
         return count
 
 
-def _write_of(piece: Piece, layout: Layout, data: Buffer) -> Update:
+def _write_of(inode: InodeId, piece: Piece, layout: Layout, data: Buffer) -> Update:
     source = part_of(data, piece.start, piece.length)
     return Update(
         piece.chain,
@@ -216,6 +216,7 @@ def _write_of(piece: Piece, layout: Layout, data: Buffer) -> Update:
         piece.length,
         layout.chunk_bytes,
         source,
+        inode,
     )
 
 

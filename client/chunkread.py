@@ -17,7 +17,7 @@ from emberfs.fabric.call import Reply
 from emberfs.fabric.region import Buffer, Slice, length_of, view_of
 from emberfs.proto.cluster import ChainTarget
 from emberfs.proto.errors import Code, EmberfsError, Reaction, code_of
-from emberfs.proto.files import Layout, pieces
+from emberfs.proto.files import Layout, chunks_of, pieces
 from emberfs.proto.ids import (
     MS,
     SECOND,
@@ -94,7 +94,7 @@ def jobs_of(inode: InodeId, layout: Layout, offset: int, sink: Buffer) -> list[J
     index, within = divmod(offset, chunk_bytes)
     if offset >= 0 and 0 < size <= min(PIECE_BYTES_MAX, chunk_bytes - within):
         spread = (inode * 2654435761 + index) & 0x7FFF_FFFF
-        chunk, chain = pack_chunk_id(inode, index), chains[index % len(chains)]
+        chunk, chain = pack_chunk_id(chunks_of(inode, layout), index), chains[index % len(chains)]
         return [Job(chain, chunk, within, size, sink, spread)]
     found: list[Job] = []
     for piece in pieces(inode, layout, offset, size):

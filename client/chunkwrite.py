@@ -26,7 +26,6 @@ from emberfs.proto.ids import (
     InodeId,
     NodeId,
     TargetId,
-    unpack_chunk_id,
 )
 from emberfs.proto.storage_calls import (
     FLUSH,
@@ -63,6 +62,7 @@ class Update:
     length: int
     chunk_bytes: int
     source: Buffer | None = None
+    inode: InodeId | None = None  # of the file that is written: asked about before each try
 
 
 @dataclass(slots=True)
@@ -149,8 +149,8 @@ class ChunkWriter:
         while True:
             snapshot = self._routing.snapshot
             try:
-                if self.before_write is not None and update.kind == UpdateKind.WRITE:
-                    await self.before_write(unpack_chunk_id(update.chunk)[0])
+                if self.before_write is not None and update.inode is not None:
+                    await self.before_write(update.inode)
                 version, head = _head_of(snapshot, update.chain)
                 request = UpdateRequest(
                     target=head.target,

@@ -15,6 +15,7 @@ from emberfs.client.chunkread import part_of
 from emberfs.client.filestate import FileState
 from emberfs.client.metadata import Metadata
 from emberfs.client.readcache import ReadCache, ReadMemory
+from emberfs.client.smallfile import SmallFile
 from emberfs.fabric.region import Buffer, Slice, length_of, view_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import FILE_BYTES_MAX, Inode
@@ -90,10 +91,10 @@ class OpenFile:
 
         The view is valid for as long as it, or a slice of it, is held.
         """
-        length = await self._bound(offset, length)
+        direct = direct or self.direct
+        length = await self._bound(offset, length, direct=direct)
         if length <= 0:
             return _EMPTY
-        direct = direct or self.direct
         async with self._state.lock.hold(offset, offset + length, exclusive=False):
             length = min(length, self._state.length - offset)  # a truncate may have come first
             if length <= 0:
@@ -103,6 +104,11 @@ class OpenFile:
                 found = await self._fetch(offset, length)
             await self._check_there()
             return found
+
+    def _from_inline(self, small: SmallFile, offset: int, length: int) -> memoryview:
+        _, view = self._services.read_memory.lender.lend(length)
+        small.data.read(offset, view)
+        return view
 
     async def _fetch(self, offset: int, length: int) -> memoryview:
         """Read from storage into lent memory.
@@ -127,10 +133,10 @@ class OpenFile:
 
         A Slice of a Region is filled without a copy on every transport.
         """
-        length = await self._bound(offset, length_of(sink))
+        direct = direct or self.direct
+        length = await self._bound(offset, length_of(sink), direct=direct)
         if length <= 0:
             return 0
-        direct = direct or self.direct
         async with self._state.lock.hold(offset, offset + length, exclusive=False):
             length = min(length, self._state.length - offset)
             if length <= 0:
@@ -153,7 +159,7 @@ class OpenFile:
         if self._state.gone is not None:
             raise EmberfsError(Code.STALE, f"the file is lost: {self._state.gone.message}")
 
-    async def _bound(self, offset: int, length: int) -> int:
+    async def _bound(self, offset: int, length: int, *, direct: bool) -> int:
         """How much of a range the file has; asks meta when that may have changed."""
         if not self.readable:
             raise EmberfsError(Code.BAD_HANDLE, "file is not open for reading")
@@ -161,6 +167,7 @@ class OpenFile:
             raise EmberfsError(Code.INVALID, f"offset {offset} is negative")
         state = self._state
         await self._check_there()
+        await state.look(0 if direct else LENGTH_AGE_NS)
         if offset + length > state.length and length > 0:
             now_ns = self._services.env.now_ns()
             if now_ns - state.asked_ns > LENGTH_AGE_NS:
@@ -170,6 +177,8 @@ class OpenFile:
     async def _from_memory(self, offset: int, length: int, *, direct: bool) -> memoryview | None:
         """The bytes if this process holds them all; else None, and storage has what it needs."""
         state, stop = self._state, offset + length
+        if state.small is not None:
+            return self._from_inline(state.small, offset, length)
         pending = state.buffer.pending(offset, stop)
         if pending:
             last = pending[-1]
@@ -225,7 +234,11 @@ class OpenFile:
         if stop > state.length:
             await state.make_room(self.session, stop)
         async with state.lock.hold(offset, stop, exclusive=True):
+            small = await state.small_for(stop)
             state.invalidate(offset, stop)
+            if small is not None:
+                await self._write_inline(small, offset, view_of(source), direct=direct)
+                return length
             if direct or self.direct:
                 await state.buffer.drain(offset, stop)
                 try:
@@ -239,6 +252,14 @@ class OpenFile:
                 await state.buffer.put(offset, view_of(source))
             state.wrote(offset, stop)
         return length
+
+    async def _write_inline(
+        self, small: SmallFile, offset: int, data: memoryview, *, direct: bool
+    ) -> None:
+        small.data.write(offset, data, self._services.env.now_ns())
+        self._state.wrote(offset, offset + len(data))
+        if direct or self.direct:
+            await self._state.settle(self.session, durable=True)
 
     async def truncate(self, length: int, caller: Caller) -> Inode:
         """ftruncate(2): waits for writes under way, drops what is buffered beyond."""
@@ -290,9 +311,7 @@ class OpenFile:
             return
         state = self._state
         await state.buffer.drain()
-        if self._services.durable_close and (
-            state.buffer.touched or state.unsettled or state.cut_unstable
-        ):
+        if self._services.durable_close and state.unstable:
             await state.fsync(self.session, data_only=True)
         if state.unsettled:
             await state.settle(self.session)
@@ -322,7 +341,7 @@ class OpenFile:
         try:
             if self.writable:
                 await state.buffer.drain()
-                wrote = bool(state.buffer.touched) or state.unsettled or state.cut_unstable
+                wrote = state.unstable
                 if wrote and self._services.durable_close:
                     await state.sync_data()
         except EmberfsError as found:

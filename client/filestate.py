@@ -5,6 +5,8 @@ end of this client's own writes since that version; the file is as long as the g
 Meta learns our length by SETTLE, never more than what storage has committed without a gap, so that
 a reader elsewhere sees true bytes or a short read. Answers of meta may arrive in any order: of one
 truncate version the longest counts, of two versions the newer.
+
+An inline file has a SmallFile, which goes for ever when the file gets chunks.
 """
 
 import asyncio
@@ -16,10 +18,12 @@ from emberfs.client.chunkio import ChunkIO
 from emberfs.client.metadata import Metadata
 from emberfs.client.rangelock import END, RangeLock
 from emberfs.client.readcache import ReadCache
+from emberfs.client.smallfile import SmallFile
 from emberfs.client.writebuffer import WriteBuffer
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import InodeId, SessionId
+from emberfs.proto.meta_calls import OpenAnswer
 from emberfs.runtime.env import Env
 
 SETTLE_TRIES = 4  # each means that somebody truncated the file in between
@@ -33,13 +37,14 @@ class FileState:
         env: Env,
         chunkio: ChunkIO,
         metadata: Metadata,
-        inode: Inode,
+        answer: OpenAnswer,
         layout: Layout,
         buffer: WriteBuffer,
     ) -> None:
         self._env = env
         self._chunkio = chunkio
         self._metadata = metadata
+        inode = answer.inode
         self.id: InodeId = inode.id
         self.layout = layout
         self.buffer = buffer
@@ -63,6 +68,7 @@ class FileState:
         self._durable_length = -1  # what a durable settlement has confirmed
         self._cut_length = -1  # set by our truncation, which may not be on stable storage yet
         buffer.on_error = self._on_write_error
+        self.small = SmallFile(env, metadata, self, answer) if inode.inline else None
 
     @property
     def length(self) -> int:
@@ -71,6 +77,9 @@ class FileState:
 
     def note(self, inode: Inode) -> None:
         """Learn from an answer of meta, however late it comes."""
+        if self.small is not None:
+            self.small.note(inode)
+            return
         if inode.truncate_version < self.truncate_version:
             return
         self.asked_ns = self._env.now_ns()
@@ -104,7 +113,7 @@ class FileState:
 
     def wrote(self, start: int, stop: int) -> None:
         """Note an own write of [start, stop)."""
-        self.sparse |= start > self.length
+        self.sparse |= start > self.length and self.small is None
         self.written_stop = max(self.written_stop, stop)
         self._unsettled_stop = max(self._unsettled_stop, stop)
         self.mtime_ns = self._env.wall_ns()
@@ -140,22 +149,41 @@ class FileState:
     @property
     def unsettled_bytes(self) -> bool:
         """True while meta does not know how long our writes have made the file."""
+        if self.small is not None and self.small.data.unsettled:
+            return True
         return bool(self.buffer) or self.written_stop > self.server_length
 
     @property
     def unsettled(self) -> bool:
         """True while meta has to hear of our length or mtime, or of a write that failed."""
+        if self.small is not None and self.small.data.unsettled:
+            return True
         return self.torn or self.mtime_ns is not None or self.written_stop > self.server_length
+
+    @property
+    def unstable(self) -> bool:
+        """True while a power cut may take what was written here, or a cut."""
+        if self.small is not None and self.small.data.unstable:
+            return True
+        return bool(self.buffer.touched) or self.unsettled or self.cut_unstable
 
     async def settle(
         self, session: SessionId, *, close: bool = False, durable: bool = False, want_stop: int = 0
     ) -> None:
         """Tell meta length and mtime; with `close` the session ends.
 
-        Tells only what storage has; whoever wants all of it told drains the buffer before. To
-        `want_stop` the file is about to grow.
+        Tells only what storage has; whoever wants all of it told drains the buffer before. All of
+        an inline file is told; if it gets chunks meanwhile, they are made as safe as was asked for.
+        To `want_stop` the file is about to grow.
         """
+        was_small = self.small is not None
         async with self.attributes:
+            if self.small is not None and await self.small.settle(
+                session, close=close, durable=durable, want_stop=want_stop
+            ):
+                return
+            if was_small:
+                await (self.sync_data() if durable else self.buffer.drain())
             await self._settle(session, close=close, durable=durable, want_stop=want_stop)
 
     async def _settle(
@@ -188,8 +216,7 @@ class FileState:
                 self._unsettle(mark, mtime_ns)
                 self.torn |= torn
                 self.sparse |= sparse
-                if isinstance(problem, EmberfsError) and problem.code == Code.NOT_FOUND:
-                    self.gone = problem
+                self.note_failure(problem)
                 raise
             finally:
                 self._settling_stop = 0
@@ -211,6 +238,11 @@ class FileState:
                 self._keep_unsettled(self._unsettled_stop)
             self.note(answer)
             return
+
+    def note_failure(self, problem: BaseException) -> None:
+        """A call to meta has failed; perhaps the file is gone."""
+        if isinstance(problem, EmberfsError) and problem.code == Code.NOT_FOUND:
+            self.gone = problem
 
     def _cut_was_undone(self, answer: Inode) -> None:
         """Meta had told of a cut that was not stable, and its power failed."""
@@ -245,6 +277,10 @@ class FileState:
 
     async def fsync(self, session: SessionId, *, data_only: bool) -> None:
         """sync_data, then the attributes, or with `data_only` only the length."""
+        if self.small is not None:
+            if self.small.data.unstable or not data_only:
+                await self.settle(session, durable=True)
+            return
         await self.sync_data()
         if data_only and self._durable_length == self.length:
             return
@@ -262,10 +298,14 @@ class FileState:
         async with self.lock.hold(0, END, exclusive=True):
             if drop:
                 self.buffer.cut(length)
+            was_small = self.small is not None
             await self._drain_for_cut()
             async with self.attributes:
+                if was_small and self.small is None:  # it has got chunks meanwhile
+                    await self.buffer.drain()
+                    await self._tell_before_cut(self._settle)
                 inode = await perform()
-                self._was_cut(inode)
+                await self._was_cut(inode)
         return self.merged(inode)
 
     async def _drain_for_cut(self) -> None:
@@ -275,10 +315,15 @@ class FileState:
         length when the file grows, because some writer that has died may have left it there.
         """
         await self.buffer.drain()
+        if self.small is None:
+            await self._tell_before_cut(self.settle)
+
+    async def _tell_before_cut(self, settle: Callable[..., Awaitable[None]]) -> None:
         stop = self.buffer.committed_stop
         if stop > self.server_length and self.write_sessions:
             self.written_stop = max(self.written_stop, stop)
-            await self.settle(next(iter(self.write_sessions)))
+            session = next(iter(self.write_sessions))
+            await settle(session, close=False, durable=False, want_stop=0)
 
     async def make_room(self, session: SessionId, stop: int) -> None:
         """Before a write lets the file grow to `stop`: raise QUOTA if a quota does not allow it."""
@@ -294,8 +339,12 @@ class FileState:
                 Code.QUOTA, f"inode {self.id} cannot grow to {stop} bytes: its quota is used up"
             )
 
-    def _was_cut(self, inode: Inode) -> None:
+    async def _was_cut(self, inode: Inode) -> None:
         """Under the exclusive lock: meta has set the length."""
+        if self.small is not None:
+            self.mtime_ns = None
+            await self.small.was_cut(inode)
+            return
         if inode.truncate_version >= self.truncate_version:
             self.truncate_version = inode.truncate_version
             self.server_length = inode.length
@@ -305,3 +354,54 @@ class FileState:
         self._cut_length = inode.length
         self.mtime_ns = None
         self.invalidate(0, END)
+
+    # ------------------------------------------------------------ inline files
+
+    def opened(self, answer: OpenAnswer) -> Inode:
+        """The file was opened; returns its inode, merged."""
+        if self.small is not None:
+            self.small.opened(answer)
+        return self.merged(answer.inode)
+
+    async def small_for(self, stop: int) -> SmallFile | None:
+        """What a write that ends at `stop` goes to, under its lock; None: the file has chunks."""
+        while self.small is not None and not self.small.data.takes(stop):
+            async with self.attributes:
+                if self.small is not None and not self.small.data.takes(stop):
+                    await self.small.promote()
+        return self.small
+
+    async def look(self, age_ns: int) -> None:
+        """Before a read: an inline file is what meta has, as far as was asked `age_ns` ago."""
+        if self.small is not None:
+            if self._env.now_ns() - self.asked_ns > age_ns:
+                await self.refresh()
+            await self.small.look()
+
+    def dirty_since(self, when_ns: int) -> bool:
+        """Tell whether own writes to an inline file have not been told since then."""
+        small = self.small
+        return small is not None and bool(small.data.dirty) and small.data.dirty_ns <= when_ns
+
+    def no_writers(self) -> None:
+        """The last description that can settle has gone: what it could not tell is lost."""
+        if self.small is not None and self.small.data.unstable:
+            self.small.data.lose()
+            self.written_stop = 0
+
+    async def leave_inline(self, inode: Inode, writes: list[tuple[int, memoryview]]) -> None:
+        """The file has chunks now; these own writes they do not have. Reads go on as before."""
+        assert inode.layout is not None
+        self.layout = self.buffer.layout = inode.layout
+        for cache in self.caches:
+            cache.layout = inode.layout
+        self.truncate_version, self.server_length = inode.truncate_version, inode.length
+        stop, reach = 0, inode.length
+        for start, data in writes:
+            self.sparse |= start > reach
+            stop = start + len(data)
+            reach = max(reach, stop)
+        self.written_stop = self._unsettled_stop = stop
+        for start, data in writes:
+            await self.buffer.put(start, data)
+        self.small = None

@@ -1,9 +1,9 @@
 """Which metadata server a call goes to, where there are several on one store.
 
 Any of them can answer any call. Clients are spread by rendezvous hashing of their ids; what changes
-the length of a file goes to the server of that file, so that such calls meet in one place and not
-in conflicts. A server that fails is left alone for a while, longer each time, and looked at again
-by a single call; news of it in the routing end that at once.
+the length or the content of a file goes to the server of that file, so that such calls meet in one
+place and not in conflicts. A server that fails is left alone for a while, longer each time, and
+looked at again by a single call; news of it in the routing end that at once.
 """
 
 from collections.abc import Collection
@@ -13,7 +13,7 @@ import msgspec
 
 from emberfs.proto.cluster import Node, NodeKind, RoutingSnapshot
 from emberfs.proto.ids import SECOND, NodeId
-from emberfs.proto.meta_calls import OpenRequest, SetattrRequest, SettleRequest
+from emberfs.proto.meta_calls import OpenRequest, PromoteRequest, SetattrRequest, SettleRequest
 from emberfs.proto.rendezvous import home_of
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
@@ -26,7 +26,7 @@ LOOK_NS = 10 * SECOND  # what one call that looks at a shunned server may take
 def file_of(request: msgspec.Struct) -> int | None:
     """Return the inode whose server is to be asked, None where the client's own one will do."""
     match request:
-        case SettleRequest():
+        case SettleRequest() | PromoteRequest():
             return request.inode
         case SetattrRequest() if request.length is not None:
             return request.inode

@@ -27,6 +27,7 @@ from emberfs.runtime.env import Env
 
 Request = TypeVar("Request", bound=msgspec.Struct)
 Answer = TypeVar("Answer", bound=msgspec.Struct)
+Opened = TypeVar("Opened", calls.InodeAnswer, calls.OpenAnswer)
 
 DEADLINE_NS = 60 * SECOND
 ATTEMPT_NS = 10 * SECOND  # a server that accepts but never answers is left after this
@@ -250,7 +251,7 @@ class Metadata:
         exclusive: bool = False,
         truncate: bool = False,
         umask: int = 0,
-    ) -> Inode:
+    ) -> calls.OpenAnswer:
         """Create and open a regular file, or open an existing one unless `exclusive` (EXISTS)."""
         request = calls.CreateRequest(
             caller=caller,
@@ -277,7 +278,7 @@ class Metadata:
         read: bool,
         write: bool,
         truncate: bool = False,
-    ) -> Inode:
+    ) -> calls.OpenAnswer:
         """Open a regular file: permission is checked, a session recorded."""
         request = calls.OpenRequest(
             caller=caller,
@@ -305,8 +306,10 @@ class Metadata:
         torn: bool = False,
         want: int = 0,
         sparse: bool = False,
+        content: bytes | None = None,
+        inline_version: int = 0,
     ) -> Inode:
-        """Report length and times of an open file; see SettleRequest."""
+        """Report length, times or content of an open file; see SettleRequest. SUPERSEDED."""
         request = calls.SettleRequest(
             request=self._request_id(),
             inode=inode,
@@ -320,13 +323,24 @@ class Metadata:
             torn=torn,
             want=want,
             sparse=sparse,
+            content=content,
+            inline_version=inline_version,
         )
-        return self._opened(await self._call(calls.SETTLE, request), write=not close)
+        return self._opened(await self._call(calls.SETTLE, request), write=not close).inode
 
-    def _opened(self, answer: calls.InodeAnswer, *, write: bool) -> Inode:
+    def _opened(self, answer: Opened, *, write: bool) -> Opened:
         if write:
-            self.rooms.note(answer, self._env.now_ns())
-        return answer.inode
+            self.rooms.note(answer.inode, answer.room, self._env.now_ns())
+        return answer
+
+    async def content(self, inode: InodeId) -> calls.OpenAnswer:
+        """Fetch the content of an inline file with its inode. NOT_FOUND."""
+        return await self._call(calls.CONTENT, calls.ContentRequest(inode=inode))
+
+    async def promote(self, inode: InodeId) -> Inode:
+        """Let an inline file have chunks, for good; returns it when that is stable. NOT_FOUND."""
+        request = calls.PromoteRequest(request=self._request_id(), inode=inode)
+        return (await self._call(calls.PROMOTE, request)).inode
 
     async def stable(self) -> None:
         """Make every metadata transaction so far stable (fsync of a directory, syncfs)."""

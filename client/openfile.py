@@ -20,7 +20,7 @@ from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import MS, SECOND, InodeId, SessionId
-from emberfs.proto.meta_calls import Caller
+from emberfs.proto.meta_calls import Caller, OpenAnswer
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 
@@ -113,22 +113,25 @@ class OpenFiles:
     ) -> tuple[Inode, OpenFile]:
         """Open by inode; the answer has this client's own length merged. ACCESS, NOT_FOUND..."""
         session = self.metadata.new_session()
+        answers: list[OpenAnswer] = []
 
         async def perform() -> Inode:
-            return await self.metadata.open(
+            answer = await self.metadata.open(
                 caller, inode, session, read=read, write=write, truncate=truncate
             )
+            answers.append(answer)
+            return answer.inode
 
         state = self._states.get(inode)
         try:
             if truncate and state is not None:
-                found = await state.cut(0, perform, drop=False)
+                await state.cut(0, perform, drop=False)
             else:
-                found = await perform()
+                await perform()
         except BaseException as problem:
             self._abandon(session, problem, inode)
             raise
-        return self._opened(caller, found, session, read=read, write=write, direct=direct)
+        return self._opened(caller, answers[-1], session, read=read, write=write, direct=direct)
 
     async def create(
         self,
@@ -149,9 +152,10 @@ class OpenFiles:
         The umask counts where the directory has no default ACL.
         """
         session = self.metadata.new_session()
+        answers: list[OpenAnswer] = []
 
         async def perform() -> Inode:
-            return await self.metadata.create(
+            answer = await self.metadata.create(
                 caller,
                 parent,
                 name,
@@ -163,10 +167,12 @@ class OpenFiles:
                 truncate=truncate,
                 umask=umask,
             )
+            answers.append(answer)
+            return answer.inode
 
         state = await self._written_here(caller, parent, name) if truncate else None
         try:
-            found = await (perform() if state is None else state.cut(0, perform, drop=False))
+            await (perform() if state is None else state.cut(0, perform, drop=False))
         except BaseException as problem:
 
             async def find() -> InodeId:
@@ -174,7 +180,7 @@ class OpenFiles:
 
             self._abandon(session, problem, find)
             raise
-        return self._opened(caller, found, session, read=read, write=write, direct=direct)
+        return self._opened(caller, answers[-1], session, read=read, write=write, direct=direct)
 
     async def _written_here(self, caller: Caller, parent: InodeId, name: bytes) -> FileState | None:
         """The state of a file that is open here for writing: cutting it must wait its turn."""
@@ -189,17 +195,18 @@ class OpenFiles:
     def _opened(
         self,
         caller: Caller,
-        inode: Inode,
+        answer: OpenAnswer,
         session: SessionId,
         *,
         read: bool,
         write: bool,
         direct: bool,
     ) -> tuple[Inode, OpenFile]:
-        state = self._states.get(inode.id)
+        number = answer.inode.id
+        state = self._states.get(number)
         if state is None:
-            state = self._states[inode.id] = self._new_state(inode)
-        inode = state.merged(inode)
+            state = self._states[number] = self._new_state(answer)
+        inode = state.opened(answer)
         cache = ReadCache(
             self.env, inode.id, state.layout, self.chunkio, self.read_memory, self._tasks
         )
@@ -223,13 +230,14 @@ class OpenFiles:
         self._start_ticking()
         return inode, file
 
-    def _new_state(self, inode: Inode) -> FileState:
+    def _new_state(self, answer: OpenAnswer) -> FileState:
+        inode = answer.inode
         if inode.layout is None:
             raise EmberfsError(Code.INVALID, f"inode {inode.id} is not a regular file")
         buffer = WriteBuffer(
             self.env, inode.id, inode.layout, self.chunkio, self.write_memory, self._tasks
         )
-        return FileState(self.env, self.chunkio, self.metadata, inode, inode.layout, buffer)
+        return FileState(self.env, self.chunkio, self.metadata, answer, inode.layout, buffer)
 
     def _abandon(
         self,
@@ -269,6 +277,8 @@ class OpenFiles:
         self._files.discard(file)
         metrics.OPEN_FILES.dec()
         state.write_sessions.discard(file.session)
+        if not state.write_sessions:
+            state.no_writers()
         state.references -= 1
         if not state.references and self._states.get(state.id) is state:
             del self._states[state.id]
@@ -294,9 +304,11 @@ class OpenFiles:
             key=lambda file: file.session,
         ):  # those that are being closed, too: they still send what is buffered
             try:
-                await self.metadata.open(
+                answer = await self.metadata.open(
                     file.caller, inode, file.session, read=file.readable, write=file.writable
                 )
+                if file.state.small is not None:
+                    file.state.small.reopened(answer)
             except EmberfsError as problem:
                 if problem.code != Code.NOT_FOUND:
                     raise
@@ -331,11 +343,22 @@ class OpenFiles:
         if not inode.sparse or inode.layout is None or (state is not None and state.buffer):
             return inode.length
         try:
-            found = await self.chunkio.stored_bytes(inode.id, inode.layout)
+            if inode.inline:
+                found = await self._inline_bytes(inode.id, state)
+            else:
+                found = await self.chunkio.stored_bytes(inode.id, inode.layout)
         except EmberfsError as problem:
             log.info("what inode %d takes is not known: %s", inode.id, problem)
             found = None
         return inode.length if found is None else min(found, inode.length)
+
+    async def _inline_bytes(self, inode: InodeId, state: FileState | None) -> int | None:
+        """The content of an inline file, without the zeros behind it; storage has nothing of it."""
+        small = state.small if state is not None else None
+        if small is not None and not small.data.outdated:
+            return len(small.data.content)
+        answer = await self.metadata.content(inode)
+        return None if answer.content is None else len(answer.content)
 
     async def truncate(self, caller: Caller, inode: InodeId, length: int) -> Inode:
         """truncate(2) by inode, in order with this client's own writes."""
@@ -402,7 +425,10 @@ class OpenFiles:
                 for state in list(self._states.values()):
                     for cache in state.caches:
                         cache.drop_old()
-                    if state.unsettled and now_ns - state.settled_ns > HINT_AGE_NS:
+                    age_ns = now_ns - state.settled_ns
+                    if (state.unsettled and age_ns > HINT_AGE_NS) or (
+                        state.dirty_since(now_ns - DIRTY_AGE_NS) and age_ns > DIRTY_AGE_NS
+                    ):
                         self._hint(state, now_ns)
         finally:
             self._ticking = False

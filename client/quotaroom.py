@@ -7,8 +7,8 @@ closed. What is allowed becomes old: others use the same quota.
 
 from typing import NamedTuple
 
+from emberfs.proto.files import Inode
 from emberfs.proto.ids import SECOND, InodeId
-from emberfs.proto.meta_calls import InodeAnswer
 
 ROOM_AGE_NS = 5 * SECOND
 
@@ -34,13 +34,12 @@ class QuotaRooms:
         """Return what is allowed; None: there is no limit."""
         return self._rooms.get(inode)
 
-    def note(self, answer: InodeAnswer, now_ns: int) -> None:
+    def note(self, inode: Inode, room: int | None, now_ns: int) -> None:
         """Learn from the answer to a writer's call."""
-        inode = answer.inode
-        if answer.room is None:
+        if room is None:
             self._rooms.pop(inode.id, None)
         else:
-            self._rooms[inode.id] = QuotaRoom(inode.length + answer.room, now_ns)
+            self._rooms[inode.id] = QuotaRoom(inode.length + room, now_ns)
 
     def forget(self, inode: InodeId) -> None:
         """The file is open no more."""

@@ -62,7 +62,7 @@ class ReadCache:
     ) -> None:
         self._env = env
         self._inode = inode
-        self._layout = layout
+        self.layout = layout
         self._chunkio = chunkio
         self._memory = memory
         self._tasks = tasks
@@ -151,7 +151,7 @@ class ReadCache:
 
         async def fill() -> None:
             try:
-                await self._chunkio.read(self._inode, self._layout, start, buffer)
+                await self._chunkio.read(self._inode, self.layout, start, buffer)
             except EmberfsError as problem:  # the reader will meet it himself if it lasts
                 log.debug("read-ahead of inode %d at %d: %s", self._inode, start, problem)
             else:

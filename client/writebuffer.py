@@ -105,7 +105,7 @@ class WriteBuffer:
     ) -> None:
         self._env = env
         self._inode = inode
-        self._layout = layout
+        self.layout = layout
         self._chunkio = chunkio
         self._memory = memory
         self._tasks = tasks
@@ -151,7 +151,7 @@ class WriteBuffer:
 
     async def put(self, offset: int, data: memoryview) -> None:
         """Take bytes in (copied); waits while the bounds are reached. Never raises late errors."""
-        for piece in pieces(self._inode, self._layout, offset, len(data)):
+        for piece in pieces(self._inode, self.layout, offset, len(data)):
             for at in range(0, piece.length, EXTENT_BYTES_MAX):
                 begin = piece.start + at
                 part = data[begin : begin + min(EXTENT_BYTES_MAX, piece.length - at)]
@@ -160,7 +160,7 @@ class WriteBuffer:
 
     async def _put_part(self, piece: Piece, start: int, data: memoryview) -> None:
         index, stop = piece.chunk_index, start + len(data)
-        chunk_stop = (index + 1) * self._layout.chunk_bytes
+        chunk_stop = (index + 1) * self.layout.chunk_bytes
         reserved = 0
         try:
             while True:  # until it fits: others may push or fill the extent while this waits
@@ -253,7 +253,7 @@ class WriteBuffer:
         problem: EmberfsError | None = None
         try:
             await self._chunkio.write(
-                self._inode, self._layout, extent.start, data, timeout_ns=WRITE_BACK_TIMEOUT_NS
+                self._inode, self.layout, extent.start, data, timeout_ns=WRITE_BACK_TIMEOUT_NS
             )
         except EmberfsError as found:
             problem = found
@@ -274,7 +274,7 @@ class WriteBuffer:
     def note_committed(self, start: int, length: int) -> None:
         """Storage has committed a range (also one that bypassed the buffer)."""
         self.committed_stop = max(self.committed_stop, start + length)
-        layout = self._layout
+        layout = self.layout
         first, last = start // layout.chunk_bytes, (start + length - 1) // layout.chunk_bytes
         for index in range(first, min(last, first + len(layout.chains) - 1) + 1):
             chain = layout.chains[index % len(layout.chains)]

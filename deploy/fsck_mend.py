@@ -11,7 +11,7 @@ from emberfs.deploy.fsck_chunks import (
     merged,
 )
 from emberfs.deploy.fsck_owners import ORPHAN, Amount, Place, kind_of, recount
-from emberfs.deploy.fsck_records import Records, fetch_inodes
+from emberfs.deploy.fsck_records import Records, fetch_owners
 from emberfs.kv import keys
 from emberfs.meta.check import Finding
 from emberfs.proto.errors import Code, EmberfsError
@@ -85,7 +85,7 @@ class Mender:
         """Look once more, right before; then remove exactly what is strange in this way."""
         chain = next((c for c in self._stores.chains() if c.id == order.chain), None)
         number = InodeId(order.inode)
-        stored = (await fetch_inodes(self._records, [number])).get(number)
+        stored = (await fetch_owners(self._records, [number])).get(number)
         raw = (await self._records.fetch_records((keys.inode_key(number),)))[0]
         if chain is None or (raw is not None and (stored is None or order.kind == ORPHAN)):
             raise EmberfsError(Code.STALE, f"inode {number} exists now; look again")
@@ -99,5 +99,5 @@ class Mender:
             for chunk, rows in page:
                 length = max(row.length for row in rows if row is not None)
                 index = unpack_chunk_id(chunk)[1]
-                if kind_of(inode, chain.id, index, length) == order.kind:
+                if kind_of(inode, chain.id, index, length, number) == order.kind:
                     await self._stores.remove(chain.id, chunk)

@@ -9,27 +9,27 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from emberfs.deploy.fsck_chunks import ChunkFinding, RemoveChunks, Replicas, Stores, merged
-from emberfs.deploy.fsck_records import Records, Stored, fetch_inodes, pages
+from emberfs.deploy.fsck_records import Records, Stored, fetch_owners, pages
 from emberfs.kv import keys
 from emberfs.meta import schema
 from emberfs.proto.cluster import Chain
-from emberfs.proto.files import Inode
+from emberfs.proto.files import Inode, chunks_of
 from emberfs.proto.ids import ChainId, InodeId, unpack_chunk_id
 from emberfs.proto.meta_calls import Mend, MendKind
 from emberfs.proto.storage_calls import file_chunk_range
 from emberfs.runtime.env import Env
 
 ORPHAN = "orphan"  # its inode does not exist
-MISPLACED = "misplaced"  # its file keeps this chunk on another chain
+MISPLACED = "misplaced"  # its file keeps this chunk elsewhere
 BEYOND = "beyond"  # behind the end of its file
 INODES_MAX = 100_000  # strange ones that are remembered; what is behind shows in the next run
 
 
 class Place(NamedTuple):
-    """Chunks of one inode on one chain that are strange in one way."""
+    """Chunks of one name on one chain that are strange in one way."""
 
     chain: ChainId
-    inode: InodeId
+    inode: InodeId  # or data id: what the chunks are named by
     kind: str
 
 
@@ -40,12 +40,19 @@ class Amount(NamedTuple):
     bytes: int
 
 
-def kind_of(inode: Inode | None, chain: ChainId, index: int, length: int) -> str:
-    """Tell what is strange about a chunk; "" if nothing is. [pure]"""
+def kind_of(
+    inode: Inode | None, chain: ChainId, index: int, length: int, name: InodeId | None = None
+) -> str:
+    """Tell what is strange about a chunk; "" if nothing is. [pure]
+
+    `name` is what the chunk is named by, None: what those of the inode are.
+    """
     if inode is None:
         return ORPHAN
     layout = inode.layout
-    if layout is None or not layout.chains:
+    if layout is None or not layout.chains or inode.inline:
+        return MISPLACED
+    if name not in (None, chunks_of(inode.id, layout)):
         return MISPLACED
     if layout.chains[index % len(layout.chains)] != chain:
         return MISPLACED
@@ -73,7 +80,7 @@ class Owners:
     async def see(self, chain: Chain, page: list[Replicas]) -> None:
         """Look at a page of chunks. A chunk counts once, however many replicas have it."""
         numbers = sorted({unpack_chunk_id(replicas.chunk)[0] for replicas in page})
-        inodes = await fetch_inodes(self._records, numbers)
+        inodes = await fetch_owners(self._records, numbers)
         for place, amount in _sums(chain.id, page, inodes).items():
             known = self._amounts.get(place)
             if known is not None:
@@ -100,9 +107,11 @@ class Owners:
         queued: set[InodeId] = set()
         if wanted:
             span = keys.span_of(bytes(keys.Prefix.DELETED.value))
-            async for page in pages(self._records, span, values=False):
-                numbers = {InodeId(keys.unpack_inode_suffix(row.key)) for row in page}
-                queued |= numbers & wanted
+            async for page in pages(self._records, span):
+                for row in page:
+                    inode = InodeId(keys.unpack_inode_suffix(row.key))
+                    queued.add(chunks_of(inode, schema.DELETED.decode(row.value).layout))
+            queued &= wanted
         return queued
 
     async def _judge(self, place: Place, amount: Amount) -> ChunkFinding | None:
@@ -110,7 +119,7 @@ class Owners:
         chain = next((c for c in self._stores.chains() if c.id == place.chain), None)
         if chain is None:
             return None
-        stored = (await fetch_inodes(self._records, [place.inode])).get(place.inode)
+        stored = (await fetch_owners(self._records, [place.inode])).get(place.inode)
         if stored is None and await self._has_record(place.inode):
             return None  # unreadable, which is found elsewhere; its data must stay
         now = await recount(self._stores, chain, place.inode, stored)
@@ -123,12 +132,12 @@ class Owners:
             return ChunkFinding(text, "remove them", remove)
         assert stored is not None
         if place.kind == MISPLACED:
-            text = f"{where} of inode {place.inode}, which keeps them on another chain"
+            text = f"{where} of inode {place.inode}, which keeps them elsewhere"
             return ChunkFinding(text, "remove them here", remove)
         if await self._may_be_written(stored.inode):
             return None
-        text = f"{where} behind the end of inode {place.inode} ({stored.inode.length} bytes)"
-        trim = Mend(MendKind.TRIM, inode=place.inode, expected=stored.value)
+        text = f"{where} behind the end of inode {stored.inode.id} ({stored.inode.length} bytes)"
+        trim = Mend(MendKind.TRIM, inode=stored.inode.id, expected=stored.value)
         return ChunkFinding(text, "cut them off", trim)
 
     async def _has_record(self, inode: InodeId) -> bool:
@@ -166,7 +175,7 @@ def _sums(
         number, index = unpack_chunk_id(chunk)
         stored = inodes.get(number)
         length = max(row.length for row in rows if row is not None)
-        kind = kind_of(stored.inode if stored is not None else None, chain, index, length)
+        kind = kind_of(stored.inode if stored is not None else None, chain, index, length, number)
         if kind:
             found[Place(chain, number, kind)].append(length)
     return {place: Amount(len(lengths), sum(lengths)) for place, lengths in found.items()}
@@ -174,7 +183,7 @@ def _sums(
 
 def file_ranges(inode: Inode, chains: dict[ChainId, Chain]) -> list[tuple[Chain, bytes, bytes]]:
     """Return where the chunks of a file are looked for: all its chains."""
-    if inode.layout is None:
+    if inode.layout is None or inode.inline:
         return []
-    start, stop = file_chunk_range(inode.id, 0)
+    start, stop = file_chunk_range(chunks_of(inode.id, inode.layout), 0)
     return [(chains[c], start, stop) for c in sorted(set(inode.layout.chains)) if c in chains]

@@ -137,6 +137,16 @@ def _number(row: RecordRow) -> InodeId:
     return InodeId(keys.unpack_inode_suffix(row.key))
 
 
+async def fetch_owners(records: Records, numbers: Sequence[InodeId]) -> dict[InodeId, Stored]:
+    """Return the inodes whose chunks are named by these ids: their own or data ids."""
+    found = await fetch_inodes(records, numbers)
+    rest = [number for number in numbers if number not in found]
+    values = await records.fetch_records(tuple(map(keys.owner_key, rest))) if rest else ()
+    owners = {n: InodeId(keys.unpack_owner(v)) for n, v in zip(rest, values, strict=True) if v}
+    inodes = await fetch_inodes(records, sorted(set(owners.values())))
+    return found | {n: inodes[owner] for n, owner in owners.items() if owner in inodes}
+
+
 class RecordCheck:
     """One look at all metadata."""
 
@@ -156,6 +166,8 @@ class RecordCheck:
         await self._sessions(frozenset(census.overdue))
         await self._belongings(keys.Prefix.XATTR, "attribute")
         await self._belongings(keys.Prefix.TRIM, "trim")
+        await self._contents()
+        await self._data_ids()
         await self._queue()
         await self._ages()
         await self._replies()
@@ -194,6 +206,7 @@ class RecordCheck:
                 self._note(self._trees.judge_hidden(inode, row.value))
                 if inode.is_directory():
                     ancestry.ask(inode)
+            await self._owned(page)
             await self._cycles(ancestry)
             if count.inodes >= INODES_AT_ONCE:
                 await self._count(count)
@@ -255,6 +268,41 @@ class RecordCheck:
             for row in page:
                 if check.parent_of(row.key) not in owners:
                     self._note(check.belonging_finding(row.key, row.value, what))
+
+    async def _contents(self) -> None:
+        async for page in self._pages(keys.Prefix.INLINE):
+            numbers = sorted({check.parent_of(row.key) for row in page})
+            inodes = await fetch_inodes(self._records, numbers)
+            unreadable = await _unreadable(self._records, sorted(set(numbers) - set(inodes)))
+            for row in page:
+                owner = check.parent_of(row.key)
+                if owner not in unreadable:
+                    stored = inodes.get(owner)
+                    inode = stored.inode if stored is not None else None
+                    self._note(check.content_finding(row.key, row.value, inode))
+
+    async def _data_ids(self) -> None:
+        async for page in self._pages(keys.Prefix.OWNER):
+            owners = {row.key: InodeId(keys.unpack_owner(row.value)) for row in page}
+            numbers = sorted(set(owners.values()))
+            inodes = await fetch_inodes(self._records, numbers)
+            unreadable = await _unreadable(self._records, sorted(set(numbers) - set(inodes)))
+            for row in page:
+                if owners[row.key] not in unreadable:
+                    stored = inodes.get(owners[row.key])
+                    inode = stored.inode if stored is not None else None
+                    self._note(check.owner_finding(row.key, row.value, inode))
+
+    async def _owned(self, page: Sequence[RecordRow]) -> None:
+        """Look whether the data ids that inodes name lead back to them."""
+        named = {}
+        for row in page:
+            inode = check.read_inode(row.key, row.value)
+            if isinstance(inode, Inode) and inode.layout is not None and inode.layout.data:
+                named[keys.owner_key(inode.layout.data)] = (inode, row.value)
+        found = await self._records.fetch_records(tuple(named)) if named else ()
+        for value, (inode, stored) in zip(found, named.values(), strict=True):
+            self._note(check.unowned_finding(inode, stored, value))
 
     async def _queue(self) -> None:
         async for page in self._pages(keys.Prefix.DELETED):

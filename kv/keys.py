@@ -24,6 +24,8 @@ class Prefix(bytes, Enum):
     XATTR = b"X"  # + inode + name
     DELETED = b"G"  # + time + inode: waits for its chunks to be removed
     TRIM = b"T"  # + inode: shrunk, chunks beyond the end are still to be cut
+    INLINE = b"B"  # + inode: the content of a small file
+    OWNER = b"O"  # + data id: the inode whose chunks have it instead of the inode's own id
     REPLY = b"R"  # + client + sequence: the remembered reply of a mutating call
     MARK = b"W"  # + client: up to which of its calls replies may be forgotten
     REPLY_AGE = b"r"  # + server + time + client + sequence: the same in order of age
@@ -60,9 +62,11 @@ _REPLY_AGE_PREFIX = _P[Prefix.REPLY_AGE]
 
 FILE_SYSTEM_KEY = _P[Prefix.FILE_SYSTEM]
 INODE_BLOCK_KEY = _P[Prefix.COUNTER] + b"inode-block"  # next block of ids to hand out
+BARRED_BLOCK_KEY = _P[Prefix.COUNTER] + b"barred-block"  # up to it: ids become no data ids
 SEARCHED_BLOCK_KEY = _P[Prefix.COUNTER] + b"searched-block"  # up to it: no lost inode has chunks
 LOADING_KEY = _P[Prefix.ENGINE] + b"l"  # there while a backup is being loaded
 STAMP_KEY = _P[Prefix.ENGINE] + b"n"  # last stamp given, where the engine has none of its own
+LIFE_KEY = _P[Prefix.COUNTER] + b"life"  # how often a metadata server was started
 INODE_COUNT_KEY = _P[Prefix.COUNTER] + b"inodes"
 REMOVED_COUNT_KEY = _P[Prefix.COUNTER] + b"removed-directories"
 
@@ -149,8 +153,29 @@ def trim_key(inode: int) -> bytes:
     return _P[Prefix.TRIM] + _U64.pack(inode)
 
 
+def inline_key(inode: int) -> bytes:
+    """Key of the content of a small file."""
+    return _P[Prefix.INLINE] + _U64.pack(inode)
+
+
+def owner_key(data: int) -> bytes:
+    """Key of the inode that chunks of a data id belong to."""
+    return _P[Prefix.OWNER] + _U64.pack(data)
+
+
+def pack_owner(inode: int) -> bytes:
+    """Return the value of an owner record."""
+    return _U64.pack(inode)
+
+
+def unpack_owner(value: bytes) -> int:
+    """Return the inode of an owner record; 0, which no inode has, if it is none."""
+    inode: int = _U64.unpack(value)[0] if len(value) == _U64.size else 0
+    return inode
+
+
 def unpack_inode_suffix(key: bytes) -> int:
-    """Return the inode of a deletion or trim key."""
+    """Return the inode of a deletion, trim or content key, the data id of an owner key."""
     inode: int = _U64.unpack(key[-8:])[0]
     return inode
 

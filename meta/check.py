@@ -10,6 +10,8 @@ that did not change in between. `Mend` is the repair that may follow (meta/mend.
 | link_finding | link counts are the number of names; who has none is held by a session |
 | Ancestry | from every directory ".." leads to the root |
 | session_finding, belonging_finding | sessions, attributes and trims have an inode; clients live |
+| content_finding | a content belongs to an inline file and is not longer than it |
+| owner_finding, unowned_finding | a data id and the inode that names it know each other |
 | queue_finding | what waits for collection does not exist any more |
 | reply_findings | a remembered reply and its age: both or neither |
 | census_finding | the counter of inodes is their number |
@@ -261,6 +263,40 @@ def belonging_finding(key: bytes, value: bytes, what: str) -> Finding:
     owner = parent_of(key)
     mend = Mend(MendKind.DROP_RECORD, inode=owner, name=key, expected=value)
     return Finding(f"{what} of inode {owner}, which does not exist", f"drop the {what}", mend)
+
+
+def content_finding(key: bytes, value: bytes, inode: Inode | None) -> Finding | None:
+    """Judge the content of a small file."""
+    if inode is None:
+        return belonging_finding(key, value, "content")
+    if not inode.inline:
+        mend = Mend(MendKind.DROP_RECORD, inode=inode.id, name=key, expected=value)
+        return Finding(f"inode {inode.id} has a content beside it and chunks", "drop it", mend)
+    if len(value) > inode.length:
+        text = f"content of inode {inode.id}: {len(value)} bytes, it has {inode.length}"
+        return Finding(text, "", None)
+    return None
+
+
+def owner_finding(key: bytes, value: bytes, inode: Inode | None) -> Finding | None:
+    """Judge the owner record of a data id by the inode that it leads to."""
+    data = parent_of(key)
+    if inode is not None and inode.layout is not None and inode.layout.data == data:
+        return None
+    owner = InodeId(keys.unpack_owner(value))
+    mend = Mend(MendKind.DROP_RECORD, inode=owner, name=key, expected=value)
+    text = f"data id {data} leads to inode {owner}, which does not have it"
+    return Finding(text, "drop the record", mend)
+
+
+def unowned_finding(inode: Inode, stored: bytes, owner: bytes | None) -> Finding | None:
+    """Judge an inode with a data id by the record of that id."""
+    if owner == keys.pack_owner(inode.id):
+        return None
+    assert inode.layout is not None
+    text = f"inode {inode.id} has data id {inode.layout.data}, which does not lead to it"
+    mend = Mend(MendKind.OWN_DATA, inode=inode.id, expected=stored)
+    return Finding(text, "let it lead there", None if owner is not None else mend)
 
 
 def queue_finding(key: bytes, value: bytes) -> Finding:

@@ -8,6 +8,7 @@ from emberfs.kv.transactions import Engine
 from emberfs.meta.announce import Announcer
 from emberfs.meta.clients import Clients
 from emberfs.meta.collect import Collector
+from emberfs.meta.inline import Versions
 from emberfs.meta.inode_ids import InodeIds
 from emberfs.meta.quota_walk import QuotaWalks
 from emberfs.meta.removed_trees import RemovedTrees
@@ -29,6 +30,7 @@ class Policy(msgspec.Struct, frozen=True):
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     stripe: int = 16  # chains of one file, at most
     trash_age_ns: int = 30 * 24 * 3600 * SECOND  # 0: for ever
+    inline_bytes_max: int = 0  # files up to this size have no chunks; 0: all have
 
 
 class Context:
@@ -52,6 +54,8 @@ class Context:
         self.policy = policy
         self.ids = InodeIds(engine)
         self.tenure = tenure or Alone(env.random.getrandbits(63) | 1)
+        self.versions = Versions(engine)
+        self.promoting: set[InodeId] = set()  # files whose promotion may not be stable yet
         self.replies = Replies(env, engine, self.tenure)
         self.chunks = chunks
         self.clients = Clients(routing, is_fresh)
@@ -66,6 +70,7 @@ class Context:
 
     async def load(self) -> None:
         """Find what an earlier life of the server left to do. Before the first call."""
+        await self.versions.load(takes_back=isinstance(self.tenure, Alone))
         await self.trims.load()
 
     def start(self) -> None:

@@ -1,7 +1,8 @@
 """Regular files: create, open, settle lengths, change attributes, truncate.
 
 A file's length is settled by its writers (SettleRequest) and cut by setattr. Cutting raises
-`truncate_version`, so that a length hint from before is recognised and ignored.
+`truncate_version`, so that a length hint from before is recognised and ignored. The content of an
+inline file comes with both (inline.py).
 """
 
 import stat
@@ -13,11 +14,12 @@ from msgspec.structs import replace
 
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
-from emberfs.meta import schema
+from emberfs.meta import inline, schema
 from emberfs.meta.attributes import after_write, is_privileged, with_attributes
 from emberfs.meta.context import Context
 from emberfs.meta.namespace import add_name, check_new_name, new_inode
 from emberfs.meta.permission import EXECUTE, READ, WRITE, require
+from emberfs.meta.promote import stable
 from emberfs.meta.quota import charge_growth, grant_bytes
 from emberfs.meta.tree import (
     destroy,
@@ -44,9 +46,10 @@ from emberfs.proto.meta_calls import (
     OPEN,
     SETATTR,
     SETTLE,
-    Caller,
+    ContentRequest,
     CreateRequest,
     InodeAnswer,
+    OpenAnswer,
     OpenRequest,
     SetattrRequest,
     SettleRequest,
@@ -56,14 +59,15 @@ from emberfs.proto.method import Method
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-async def create(context: Context, request: CreateRequest) -> InodeAnswer:
+async def create(context: Context, request: CreateRequest) -> OpenAnswer:
     """Create, open or create-and-open in one transaction."""
     check_new_name(request.name)
     taken = await context.ids.take()
     if request.truncate:
         await _clear_existing(context, request)
+    contents: dict[int, bytes] = {}
 
-    async def work(txn: Transaction) -> InodeAnswer:
+    async def work(txn: Transaction) -> OpenAnswer:
         parent = await load_directory(txn, request.parent, request.caller, EXECUTE)
         entry = await find_entry(txn, parent.id, request.name)
         if entry is not None:
@@ -74,10 +78,11 @@ async def create(context: Context, request: CreateRequest) -> InodeAnswer:
             inode = new_inode(context, taken, parent, request.caller, mode, umask=request.umask)
             await add_name(txn, context, parent, request.name, inode)
         _add_session(txn, context, inode.id, request)
-        return InodeAnswer(inode, await grant_bytes(txn, inode) if request.write else None)
+        await _note_content(txn, inode, contents)
+        return OpenAnswer(inode, room=await grant_bytes(txn, inode) if request.write else None)
 
     answer = await _run_open(context, CREATE, request, work)
-    return await _opened(context, request, answer, is_new=answer.inode.id == taken)
+    return await _opened(context, request, answer, contents, is_new=answer.inode.id == taken)
 
 
 async def _open_existing(
@@ -91,7 +96,7 @@ async def _open_existing(
     reads = request.read or not changes
     require(inode, request.caller, (WRITE if changes else 0) | (READ if reads else 0))
     if request.truncate:
-        inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
+        inode = await _set_length(txn, context, inode, 0, request)
         store_inode(txn, inode)
     elif request.write:
         await check_whole(txn, inode)
@@ -100,13 +105,13 @@ async def _open_existing(
 
 async def _run_open(
     context: Context,
-    method: Method[Any, InodeAnswer],
+    method: Method[Any, OpenAnswer],
     request: CreateRequest | OpenRequest,
-    work: Callable[[Transaction], Awaitable[InodeAnswer]],
-) -> InodeAnswer:
+    work: Callable[[Transaction], Awaitable[OpenAnswer]],
+) -> OpenAnswer:
     """Perform an open; what a failed write has left behind the end is cut before."""
 
-    async def perform() -> InodeAnswer:
+    async def perform() -> OpenAnswer:
         return await context.replies.run(method, request.request, work)
 
     while True:
@@ -135,16 +140,41 @@ def _add_session(
         txn.set(keys.session_key(inode, request.session), schema.SESSION.encode(record))
 
 
+async def _note_content(txn: Transaction, inode: Inode, contents: dict[int, bytes]) -> None:
+    """Keep the content apart from what the request is remembered by: it may be large."""
+    if inode.inline:
+        contents[inode.inline_version] = await inline.read_content(txn, inode)
+
+
 async def _opened(
-    context: Context, request: CreateRequest | OpenRequest, answer: InodeAnswer, *, is_new: bool
-) -> InodeAnswer:
-    """Before the file is handed out: a writer begins behind what dead writers have left."""
-    inode = answer.inode.id
+    context: Context,
+    request: CreateRequest | OpenRequest,
+    answer: OpenAnswer,
+    contents: dict[int, bytes],
+    *,
+    is_new: bool,
+) -> OpenAnswer:
+    """Before the file is handed out: a writer begins behind what dead writers have left.
+
+    A retry is answered without content, which the client fetches then.
+    """
+    inode, limit = answer.inode, context.policy.inline_bytes_max
+    if inode.inline:
+        return OpenAnswer(inode, contents.get(inode.inline_version), limit, answer.room)
+    await stable(context, inode.id)
     if request.truncate:
-        await context.trims.perform(inode)
-    if request.write and not is_new and await adopt(context, inode):
-        return InodeAnswer(await context.engine.run(partial(load_inode, inode=inode)), answer.room)
+        await context.trims.perform(inode.id)
+    if request.write and not is_new and await adopt(context, inode.id):
+        grown = await context.engine.run(partial(load_inode, inode=inode.id))
+        return replace(answer, inode=grown)
     return answer
+
+
+async def content(context: Context, request: ContentRequest) -> OpenAnswer:
+    """Answer an inode with the content that an inline file has at the same moment."""
+    limit = context.policy.inline_bytes_max
+    work = partial(inline.answer, inode_id=request.inode, limit=limit)
+    return await context.engine.run(work, read_only=True)
 
 
 async def _clear_existing(context: Context, request: CreateRequest) -> None:
@@ -177,26 +207,28 @@ async def _clear_behind(
     await clear_behind(context, inode, request, length, check)
 
 
-async def open_(context: Context, request: OpenRequest) -> InodeAnswer:
+async def open_(context: Context, request: OpenRequest) -> OpenAnswer:
     """Check permission and record the session; read sessions too, so that unlink keeps the data."""
     want = (READ if request.read else 0) | (WRITE if request.write or request.truncate else 0)
     if request.truncate:
         await _clear_behind(context, request, request.inode, 0)
+    contents: dict[int, bytes] = {}
 
-    async def work(txn: Transaction) -> InodeAnswer:
+    async def work(txn: Transaction) -> OpenAnswer:
         inode = await load_uncut(txn, request.inode)
         _check_openable(inode)
         require(inode, request.caller, want)
         if request.truncate:
-            inode = await _set_length(txn, context, inode, 0, request.caller, request.session)
+            inode = await _set_length(txn, context, inode, 0, request)
             store_inode(txn, inode)
         elif request.write:
             await check_whole(txn, inode)
         _add_session(txn, context, inode.id, request)
-        return InodeAnswer(inode, await grant_bytes(txn, inode) if request.write else None)
+        await _note_content(txn, inode, contents)
+        return OpenAnswer(inode, room=await grant_bytes(txn, inode) if request.write else None)
 
     answer = await _run_open(context, OPEN, request, work)
-    return await _opened(context, request, answer, is_new=False)
+    return await _opened(context, request, answer, contents, is_new=False)
 
 
 # ---------------------------------------------------------------- length
@@ -217,25 +249,29 @@ async def _set_length(
     context: Context,
     inode: Inode,
     length: int,
-    caller: Caller,
-    session: SessionId,
+    request: CreateRequest | OpenRequest | SetattrRequest,
 ) -> Inode:
     """Return the inode with a new length; what may lie behind it is recorded to be cut.
 
-    `session` is the caller's own. Whoever else writes the file may have written behind the end that
-    is known here, and tells its length later.
+    Who else than the caller writes the file may have written behind the end that is known here, and
+    tells its length later.
     """
     check_length(inode, length)
-    await charge_growth(txn, inode, length)
-    version, others = inode.truncate_version, await _is_written(txn, context, inode.id, session)
-    if length < inode.length or others:
+    told = told_length(inode, request)
+    await charge_growth(txn, inode, length, forced=length <= told)  # so far it is written
+    privileged, now_ns = is_privileged(request.caller), context.env.wall_ns()
+    sparse = length > told or (inode.sparse and length > 0)
+    if inode.inline:
+        cut = await inline.cut(txn, context.versions, inode, length)
+        written = after_write(cut, privileged=privileged, now_ns=now_ns, mtime_ns=None)
+        return replace(written, sparse=sparse)
+    version = inode.truncate_version
+    others = await _is_written(txn, context, inode.id, request.session)
+    if length < told or others:
         await cut_behind(txn, inode, length, context.tenure)
         version += 1
-    torn = inode.torn and others and length > inode.length
-    written = after_write(
-        inode, privileged=is_privileged(caller), now_ns=context.env.wall_ns(), mtime_ns=None
-    )
-    sparse = length > inode.length or (inode.sparse and length > 0)
+    torn = inode.torn and others and length > told
+    written = after_write(inode, privileged=privileged, now_ns=now_ns, mtime_ns=None)
     return replace(written, length=length, truncate_version=version, torn=torn, sparse=sparse)
 
 
@@ -261,10 +297,7 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         inode = changed = await load(txn, request.inode)
         if request.length is not None:
             await _check_truncate(txn, inode, request)
-            told = replace(inode, length=told_length(inode, request))
-            changed = await _set_length(
-                txn, context, told, request.length, request.caller, request.session
-            )
+            changed = await _set_length(txn, context, inode, request.length, request)
         changed = with_attributes(changed, request, context.env.wall_ns())
         store_inode(txn, changed)
         return InodeAnswer(changed)
@@ -298,7 +331,7 @@ async def _find_session(
 
 
 async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
-    """Take over a writer's length and times; end its session; make it durable."""
+    """Take over a writer's length and times, or content; end its session; make it durable."""
 
     async def work(txn: Transaction) -> InodeAnswer:
         inode = await load_uncut(txn, request.inode)
@@ -320,31 +353,40 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
     return answer
 
 
+def _written(context: Context, txn: Transaction, inode: Inode, request: SettleRequest) -> Inode:
+    """Return the inode with the length that it has by this request; itself if nothing changes."""
+    length = request.length
+    if length is not None and inode.is_file():
+        check_length(inode, length)
+    if request.content is not None:
+        return inline.put(txn, context.versions, inode, request)
+    if length is None or not inode.is_file() or inode.inline:
+        return inode
+    if request.truncate_version != inode.truncate_version or length <= inode.length:
+        return inode
+    return replace(inode, length=length)
+
+
 async def _settled(
     txn: Transaction, context: Context, inode: Inode, request: SettleRequest
 ) -> Inode:
-    grown = inode.length
-    if request.length is not None and inode.is_file():
-        check_length(inode, request.length)
-        if request.truncate_version == inode.truncate_version:
-            grown = max(inode.length, request.length)
-            await charge_growth(txn, inode, grown, forced=True)  # it is written
+    written = _written(context, txn, inode, request)
+    await charge_growth(txn, inode, written.length, forced=True)  # it is written
     changed = inode
-    if grown != inode.length or request.mtime_ns is not None:
+    if written is not inode or request.mtime_ns is not None:
         privileged = True
         if inode.mode & _SET_ID:
             session = await _find_session(txn, inode.id, request.session)
             privileged = session is not None and session.privileged
         changed = after_write(
-            inode,
+            written,
             privileged=privileged,
             now_ns=context.env.wall_ns(),
             mtime_ns=request.mtime_ns,
         )
-        changed = replace(changed, length=grown)
     if request.atime_ns is not None:
         changed = replace(changed, atime_ns=request.atime_ns)
-    if request.torn and not changed.torn and inode.is_file():
+    if request.torn and not changed.torn and inode.is_file() and not inode.inline:
         changed = replace(changed, torn=True)
     if request.sparse and not changed.sparse and inode.is_file():
         changed = replace(changed, sparse=True)

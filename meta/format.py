@@ -17,7 +17,8 @@ async def open_file_system(
 ) -> bool:
     """Check that the store belongs to `cluster`, or make an empty file system in an empty store.
 
-    Returns True when it was made. Raises WRONG_CLUSTER, or UNSUPPORTED for a newer format.
+    A store of an older format becomes one of this. Returns True when it was made. Raises
+    WRONG_CLUSTER, or UNSUPPORTED for a newer format.
     """
 
     async def work(txn: Transaction) -> bool:
@@ -27,7 +28,11 @@ async def open_file_system(
             )
         value = await txn.get(keys.FILE_SYSTEM_KEY)
         if value is not None:
-            _check(schema.FILE_SYSTEM.decode(value), cluster)
+            found = schema.FILE_SYSTEM.decode(value)
+            _check(found, cluster)
+            if found.format != schema.FORMAT:
+                now = schema.FileSystem(cluster)
+                txn.set(keys.FILE_SYSTEM_KEY, schema.FILE_SYSTEM.encode(now))
             return False
         txn.set(keys.FILE_SYSTEM_KEY, schema.FILE_SYSTEM.encode(schema.FileSystem(cluster)))
         root = Inode(
@@ -55,7 +60,7 @@ def _check(found: schema.FileSystem, cluster: str) -> None:
             f'the metadata store belongs to cluster "{found.cluster}", not to "{cluster}"; '
             "correct `cluster` or `data` in the configuration",
         )
-    if found.format != schema.FORMAT:
+    if found.format not in schema.FORMATS_READ:
         raise EmberfsError(
             Code.UNSUPPORTED,
             f"the metadata store has format {found.format}, this server knows {schema.FORMAT}; "

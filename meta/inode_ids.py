@@ -23,8 +23,10 @@ class InodeIds:
         self._stop = 0
         self._reserving = asyncio.Lock()
 
-    async def take(self) -> InodeId:
-        """Return an id that nobody ever had."""
+    async def take(self, above: int = -1) -> InodeId:
+        """Return an id that nobody ever had, of a block above `above`."""
+        if self._next < self._stop and self._next // BLOCK_IDS <= above:
+            self._next = self._stop
         if self._next == self._stop:
             async with self._reserving:
                 if self._next == self._stop:

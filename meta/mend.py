@@ -168,6 +168,13 @@ async def _drop_record(txn: Transaction, context: Context, wanted: Mend) -> None
     prefix = key[:1]
     if prefix in (keys.Prefix.SESSION, keys.Prefix.XATTR, keys.Prefix.TRIM):
         _require(await find_inode(txn, wanted.inode) is None, f"inode {wanted.inode}")
+    elif prefix == keys.Prefix.INLINE:
+        inode = await find_inode(txn, wanted.inode)
+        _require(inode is None or not inode.inline, f"inode {wanted.inode}")
+    elif prefix == keys.Prefix.OWNER:
+        inode = await find_inode(txn, wanted.inode)
+        has = inode is not None and inode.layout is not None and inode.layout.data
+        _require(not has or keys.owner_key(has) != key, f"inode {wanted.inode}")
     elif prefix == keys.Prefix.DELETED:
         _require(await find_inode(txn, wanted.inode) is not None, f"inode {wanted.inode}")
     elif prefix == keys.Prefix.REMOVED:
@@ -200,9 +207,18 @@ async def _trim(txn: Transaction, context: Context, wanted: Mend) -> None:
     inode = await _unchanged(txn, wanted)
     for _, value in await txn.get_range(*keys.session_span(inode.id)):
         _require(not schema.SESSION.decode(value).write, f"inode {inode.id}")
-    if inode.layout is None:
-        raise EmberfsError(Code.INVALID, f"inode {inode.id} is not a regular file")
+    if inode.layout is None or inode.inline:
+        raise EmberfsError(Code.INVALID, f"inode {inode.id} is no regular file with chunks")
     await cut_behind(txn, inode, inode.length, context.tenure)
+
+
+async def _own_data(txn: Transaction, context: Context, wanted: Mend) -> None:
+    inode = await _unchanged(txn, wanted)
+    if inode.layout is None or not inode.layout.data:
+        raise EmberfsError(Code.INVALID, f"inode {inode.id} has no data id")
+    key = keys.owner_key(inode.layout.data)
+    _require(await txn.get(key) is None, f"the owner of data id {inode.layout.data}")
+    txn.set(key, keys.pack_owner(inode.id))
 
 
 _WORKS: dict[MendKind, Work] = {
@@ -215,6 +231,7 @@ _WORKS: dict[MendKind, Work] = {
     MendKind.END_SESSION: _end_session,
     MendKind.SET_COUNTER: _set_counter,
     MendKind.TRIM: _trim,
+    MendKind.OWN_DATA: _own_data,
     MendKind.SET_USAGE: correct_usage,
     MendKind.RECOUNT: recount,
     MendKind.DROP_QUOTA: drop_quota,

@@ -97,7 +97,8 @@ def new_inode(
     else:
         mode &= ~(umask & 0o777)
     now_ns = context.env.wall_ns()
-    directory = stat.S_ISDIR(mode)
+    directory, regular = stat.S_ISDIR(mode), stat.S_ISREG(mode)
+    inline = regular and context.policy.inline_bytes_max > 0
     return Inode(
         id=inode,
         mode=mode,
@@ -109,11 +110,13 @@ def new_inode(
         mtime_ns=now_ns,
         ctime_ns=now_ns,
         rdev=rdev,
-        layout=context.new_layout(inode) if stat.S_ISREG(mode) else None,
+        layout=context.new_layout(inode) if regular else None,
         parent=parent.id if directory else InodeId(0),
         quota=parent.quota,
         acl=access,
         default_acl=parent.default_acl if directory else b"",
+        inline=inline,
+        inline_version=context.versions.after(0) if inline else 0,
     )
 
 

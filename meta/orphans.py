@@ -5,6 +5,10 @@ chunks. Ids are reserved in blocks, durably and before use, and never given twic
 have ids of the blocks that earlier lives of the server have reserved since the last search. What
 has chunks there and no inode never will have one. The search waits for the clients that have such
 files open; they learn that the file is gone when they tell its length.
+
+Data ids of small files that grew are of the same blocks (meta/promote.py): chunks of one that no
+inode has are what an attempt has left. Other servers may be at one: their blocks are searched as
+well. So what is to be searched is barred before, and whoever has such an id takes another.
 """
 
 import logging
@@ -14,6 +18,7 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction, pack_counter, unpack_counter
 from emberfs.kv.transactions import Engine
 from emberfs.meta.inode_ids import BLOCK_IDS
+from emberfs.meta.promote import barred_block
 from emberfs.meta.trims import Chunks
 from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import EmberfsError
@@ -55,6 +60,8 @@ class Orphans:
             if searched is None:  # ids of the last block and of the one before may be in use
                 searched = pack_counter(last - 2)
                 txn.set(keys.SEARCHED_BLOCK_KEY, searched)
+            if last > await barred_block(txn):
+                txn.set(keys.BARRED_BLOCK_KEY, pack_counter(last))
             return unpack_counter(searched) + 1, last
 
         first, self._last = await self._engine.run(read, durable=True)
@@ -95,7 +102,9 @@ class Orphans:
     async def _lost(self, inodes: list[InodeId]) -> list[InodeId]:
         async def missing(txn: Transaction) -> list[InodeId]:
             values = await txn.get_many([keys.inode_key(inode) for inode in inodes])
-            return [inode for inode, v in zip(inodes, values, strict=True) if v is None]
+            owners = await txn.get_many([keys.owner_key(inode) for inode in inodes])
+            known = zip(inodes, values, owners, strict=True)
+            return [inode for inode, v, owner in known if v is None and owner is None]
 
         return await self._engine.run(missing, read_only=True)
 

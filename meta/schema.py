@@ -8,6 +8,8 @@
 | XATTR | raw bytes | its inode exists |
 | DELETED | Deleted | no inode of that id exists; its chunks may |
 | TRIM | Trim | its inode exists; chunks at or beyond `length` may still be there |
+| INLINE | raw bytes | its inode exists and is inline; not longer than it, no zeros at its end |
+| OWNER | inode, 8 bytes | the inode exists, and its layout has this data id |
 | REPLY | Reply | it has an age |
 | MARK | Mark | it has an age |
 | REPLY_AGE | nothing | what it is the age of exists |
@@ -29,7 +31,8 @@ from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import InodeId
 
-FORMAT = 1
+FORMAT = 2  # 1: without inline files, which a server of that time would show empty
+FORMATS_READ = (1, FORMAT)
 
 R = TypeVar("R", bound=msgspec.Struct)
 _ENCODE = msgspec.msgpack.Encoder().encode

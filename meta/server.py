@@ -27,11 +27,13 @@ from emberfs.meta.sessions import SessionSweeper
 from emberfs.meta.tenure import Alone, Shared, Tenure
 from emberfs.proto.cluster import Node, NodeKind
 from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.files import INLINE_BYTES_MAX
 from emberfs.proto.ids import (
     CHUNK_BYTES_DEFAULT,
     CHUNK_BYTES_MAX,
     CHUNK_BYTES_MIN,
     SECOND,
+    KiB,
     NodeId,
 )
 from emberfs.runtime.env import Env
@@ -44,6 +46,7 @@ DRAIN_NS = 2 * SECOND
 STRIPE_MAX = 1024
 TRASH_DAYS_MAX = 36_500
 DAY_NS = 24 * 3600 * SECOND
+INLINE_BYTES_DEFAULT = 8 * KiB
 
 
 class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +63,7 @@ class MetaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: str = "INFO"
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     stripe: int = 16  # chains that one file is spread over, at most
+    inline_bytes_max: int = INLINE_BYTES_DEFAULT  # smaller files have no chunks; 0: all have
     session_grace_s: float = 30.0
     trash_days: float = 30.0  # after which what is in the trash is removed; 0: never
     start_timeout_s: float = 10.0
@@ -76,6 +80,11 @@ def check_config(config: MetaConfig) -> None:
         )
     if not 1 <= config.stripe <= STRIPE_MAX:
         raise EmberfsError(Code.CONFIG, f"stripe = {config.stripe}: write 1 to {STRIPE_MAX}")
+    if not 0 <= config.inline_bytes_max <= INLINE_BYTES_MAX:
+        raise EmberfsError(
+            Code.CONFIG,
+            f"inline_bytes_max = {config.inline_bytes_max}: write 0 to {INLINE_BYTES_MAX}",
+        )
     if not (config.mgmtd and config.listen):
         raise EmberfsError(Code.CONFIG, "mgmtd and listen need at least one address each")
     if config.store:
@@ -157,7 +166,12 @@ class MetaService:
         self, engine: Engine, announcer: Announcer, cluster: Cluster, timeout_ns: int
     ) -> None:
         config, env = self._config, self._env
-        policy = Policy(config.chunk_bytes, config.stripe, int(config.trash_days * DAY_NS))
+        policy = Policy(
+            config.chunk_bytes,
+            config.stripe,
+            int(config.trash_days * DAY_NS),
+            config.inline_bytes_max,
+        )
         self._refuse_beside_others(cluster)
         tenure = self._tenure(cluster)
         guard = ChunkGuard(env, cluster.routing, cluster.peers, tenure)

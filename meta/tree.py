@@ -134,9 +134,13 @@ async def destroy(txn: Transaction, inode: Inode, now_ns: int) -> None:
     start, stop = keys.xattr_span(inode.id)
     for key, _ in await txn.get_range(start, stop):
         txn.clear(key)
-    if inode.layout is not None:
+    if inode.inline:
+        txn.clear(keys.inline_key(inode.id))
+    elif inode.layout is not None:
         trim = await txn.get(keys.trim_key(inode.id))
         cutter = None if trim is None else schema.TRIM.decode(trim).owner
         txn.clear(keys.trim_key(inode.id))
+        if inode.layout.data:
+            txn.clear(keys.owner_key(inode.layout.data))
         value = schema.DELETED.encode(schema.Deleted(inode.layout, cutter))
         txn.set(keys.deleted_key(now_ns, inode.id), value)

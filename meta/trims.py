@@ -57,6 +57,18 @@ class Chunks(Protocol):
         """Remove every chunk of the file from `first_index` on; returns the chains to flush."""
         ...
 
+    async def write(
+        self,
+        inode: InodeId,
+        layout: Layout,
+        offset: int,
+        data: memoryview,
+        *,
+        timeout_ns: int,
+    ) -> None:
+        """Write at `offset`; on return every chain has committed."""
+        ...
+
     async def truncate_chunk(
         self, inode: InodeId, layout: Layout, index: int, length: int, timeout_ns: int
     ) -> list[ChainId]:
@@ -76,7 +88,7 @@ class Chunks(Protocol):
     async def inodes_on(
         self, chain: ChainId, first: InodeId, stop: InodeId, timeout_ns: int
     ) -> list[InodeId]:
-        """Return the inodes of [first, stop) that have chunks on a chain."""
+        """Return the ids of [first, stop) that name chunks on a chain."""
         ...
 
 

@@ -54,8 +54,8 @@ async def measure(
         return await find_inode(txn, inode_id)
 
     inode = await engine.run(find, read_only=True)
-    if inode is None or inode.layout is None:
-        return None
+    if inode is None or inode.layout is None or inode.inline:
+        return None  # nothing is written to an inline file but by settling it
     first = inode.length // inode.layout.chunk_bytes
     end = await chunks.end_of(inode_id, inode.layout, first, TIMEOUT_NS)
     return Measured(inode.truncate_version, end)
@@ -115,7 +115,9 @@ async def clear_behind(
 
     async def nobody_writes(txn: Transaction) -> Inode | None:
         inode = await find_inode(txn, inode_id)
-        if inode is None or inode.layout is None or length < told_length(inode, request):
+        if inode is None or inode.layout is None or inode.inline:
+            return None
+        if length < told_length(inode, request):
             return None
         if await context.replies.is_known(txn, request.request):
             return None

@@ -1,6 +1,7 @@
 """Files: inodes, directory entries, and the arithmetic from file offset to chunk and chain.
 
 A file is cut into chunks of `chunk_bytes`; chunk i lives on chain `chains[i % len(chains)]`.
+A small file has no chunks: its content is kept by the metadata service (meta/inline.py).
 """
 
 import stat
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from emberfs.proto.ids import ChainId, ChunkId, InodeId, pack_chunk_id
+from emberfs.proto.ids import ChainId, ChunkId, InodeId, KiB, pack_chunk_id
 
 NAME_BYTES_MAX = 255
 SYMLINK_BYTES_MAX = 4095
@@ -17,13 +18,15 @@ XATTR_VALUE_BYTES_MAX = 65_536
 LINK_COUNT_MAX = 65_535
 IMMUTABLE = 1  # a flag of an inode: nobody changes, renames, links or removes it
 FILE_BYTES_MAX = (1 << 63) - 1
+INLINE_BYTES_MAX = 64 * KiB  # that a small file can be set to hold
 
 
-class Layout(msgspec.Struct, frozen=True, gc=False):
-    """Where a file's chunks live. Fixed when the file is created."""
+class Layout(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """Where a file's chunks live. Fixed when the file is created, `data` when it gets chunks."""
 
     chunk_bytes: int  # power of two
     chains: tuple[ChainId, ...]
+    data: InodeId = InodeId(0)  # what its chunks are named by; 0: the id of the inode
 
 
 class Inode(msgspec.Struct, frozen=True, gc=False):
@@ -53,6 +56,9 @@ class Inode(msgspec.Struct, frozen=True, gc=False):
         b""  # access list in the kernel's form, if it says more than the mode (meta/acl.py)
     )
     default_acl: bytes = b""  # directories only: what new names in it inherit
+    inline: bool = False  # the content lies beside the inode, not in chunks
+    # Rises with every change of an inline file's content or length; 0: it never was inline.
+    inline_version: int = 0
 
     def is_directory(self) -> bool:
         """Tell a directory."""
@@ -86,18 +92,23 @@ class Piece(NamedTuple):
     start: int  # bytes from the start of the range
 
 
+def chunks_of(inode: InodeId, layout: Layout) -> InodeId:
+    """Return what the chunks of a file are named by."""
+    return layout.data or inode
+
+
 def pieces(inode: InodeId, layout: Layout, offset: int, length: int) -> list[Piece]:
     """Cut the file range [offset, offset + length) at chunk borders, in file order."""
     assert min(offset, length) >= 0
     found: list[Piece] = []
-    chunk_bytes, chains = layout.chunk_bytes, layout.chains
+    chunk_bytes, chains, data = layout.chunk_bytes, layout.chains, chunks_of(inode, layout)
     position, end = offset, offset + length
     while position < end:
         index, within = divmod(position, chunk_bytes)
         count = min(chunk_bytes - within, end - position)
         chain = chains[index % len(chains)]
         found.append(
-            Piece(pack_chunk_id(inode, index), chain, index, within, count, position - offset)
+            Piece(pack_chunk_id(data, index), chain, index, within, count, position - offset)
         )
         position += count
     return found

@@ -48,6 +48,19 @@ class InodeAnswer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     room: int | None = None
 
 
+class OpenAnswer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """An inode, and the content of an inline file as of its `inline_version`.
+
+    Behind `content` an inline file is zeros. None: the file has chunks, or ask for the content.
+    `room`: see InodeAnswer.
+    """
+
+    inode: Inode
+    content: bytes | None = None
+    inline_bytes_max: int = 0  # how much content a client may settle
+    room: int | None = None
+
+
 class Nothing(msgspec.Struct, frozen=True, gc=False):
     """An answer without content."""
 
@@ -207,6 +220,10 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     With `durable` the answer comes only after the transaction is on stable storage. `torn`: a write
     failed, and may have left bytes behind the end. `want`: bytes behind the end that are about to
     be written, for which there must be room in the quota. `sparse`: a write began behind the end.
+
+    An inline file is written by `content`: it replaces all of it, and `length` is the new length,
+    if `inline_version`, which it is based on, is current (or newer: a power cut took that version,
+    and nobody has written since). SUPERSEDED otherwise; then nothing has happened.
     """
 
     request: RequestId
@@ -221,6 +238,21 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     torn: bool = False
     want: U63 = 0
     sparse: bool = False
+    content: bytes | None = None
+    inline_version: U63 = 0
+
+
+class ContentRequest(msgspec.Struct, frozen=True, gc=False):
+    """Fetch the content of an inline file together with its inode. NOT_FOUND."""
+
+    inode: BoundedInode
+
+
+class PromoteRequest(msgspec.Struct, frozen=True, gc=False):
+    """Move the content of an inline file into chunks, for good; done already if it has chunks."""
+
+    request: RequestId
+    inode: BoundedInode
 
 
 class ReaddirRequest(msgspec.Struct, frozen=True, gc=False):
@@ -389,6 +421,7 @@ class MendKind(IntEnum):
     END_SESSION = 8  # session `number` of a client that is gone
     SET_COUNTER = 9  # the counter of inodes becomes the truth
     TRIM = 10  # chunks beyond the end of a file that nobody writes are cut
+    OWN_DATA = 11  # the owner record of the data id that the inode names is made again
     SET_USAGE = 20  # the counters of the quota of directory `inode` become the truth
     RECOUNT = 21  # an inode counts for the quota of `parent`, which names it as `name`
     DROP_QUOTA = 22  # a quota without a directory
@@ -416,13 +449,13 @@ LOOKUP = Method(32, "lookup", LookupRequest, InodeAnswer)
 RESOLVE = Method(33, "resolve", ResolveRequest, ResolveAnswer)
 GETATTR = Method(34, "getattr", GetattrRequest, InodeAnswer)
 SETATTR = Method(35, "setattr", SetattrRequest, InodeAnswer)
-CREATE = Method(36, "create", CreateRequest, InodeAnswer)
+CREATE = Method(36, "create", CreateRequest, OpenAnswer)
 MKNOD = Method(37, "mknod", MknodRequest, InodeAnswer)
 SYMLINK = Method(38, "symlink", SymlinkRequest, InodeAnswer)
 LINK = Method(39, "link", LinkRequest, InodeAnswer)
 REMOVE = Method(40, "remove", RemoveRequest, Nothing)
 RENAME = Method(41, "rename", RenameRequest, Nothing)
-OPEN = Method(42, "open", OpenRequest, InodeAnswer)
+OPEN = Method(42, "open", OpenRequest, OpenAnswer)
 SETTLE = Method(43, "settle", SettleRequest, InodeAnswer)
 READDIR = Method(44, "readdir", ReaddirRequest, ReaddirAnswer)
 XATTR = Method(45, "xattr", XattrRequest, XattrAnswer)
@@ -434,3 +467,5 @@ FETCH_RECORDS = Method(50, "fetch_records", FetchRecordsRequest, FetchRecordsAns
 CENSUS = Method(51, "census", CensusRequest, CensusAnswer)
 MEND = Method(52, "mend", MendRequest, Nothing)
 LISTEN = Method(60, "listen", ListenRequest, ListenAnswer)
+CONTENT = Method(61, "content", ContentRequest, OpenAnswer)
+PROMOTE = Method(62, "promote", PromoteRequest, InodeAnswer)

@@ -99,7 +99,7 @@ def test_o23_every_body_gets_an_answer_or_an_error_of_the_table(binding: Binding
             for body in made:
                 await submit(world, binding, body)
 
-        play(scene)
+        play(scene, inline_bytes_max=100)
 
     tried()
 
@@ -117,7 +117,7 @@ def test_o23_sequences_of_wild_calls_keep_the_invariants(
             await submit(world, binding, body)
         assert (await world.getattr(ROOT_INODE)).is_directory()
 
-    play(scene)
+    play(scene, inline_bytes_max=100)
 
 
 @budget(150)

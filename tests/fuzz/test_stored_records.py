@@ -59,6 +59,9 @@ def test_r14_every_order_preserving_key_comes_back() -> None:
         age, other_age = keys.ReplyAge(a, c, b, i), keys.ReplyAge(b, a, c, j)
         assert keys.unpack_reply_age_key(keys.reply_age_key(age)) == age
         assert keys.unpack_inode_suffix(keys.deleted_key(c, a)) == a
+        assert keys.unpack_inode_suffix(keys.inline_key(a)) == a
+        assert keys.unpack_inode_suffix(keys.owner_key(a)) == a
+        assert keys.unpack_owner(keys.pack_owner(a)) == a
         assert (keys.session_key(a, c) < keys.session_key(b, c)) == (a < b)
         assert (keys.reply_age_key(age) < keys.reply_age_key(other_age)) == (age < other_age)
         one, other = ids.pack_chunk_id(ids.InodeId(a), i), ids.pack_chunk_id(ids.InodeId(b), j)

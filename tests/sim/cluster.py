@@ -66,6 +66,7 @@ HEARTBEAT_NS = 1 * SECOND
 KV_TIMEOUT_NS = 2 * SECOND
 STREAM_SILENCE_NS = 4 * SECOND
 MGMTD_PORT = 9000
+INLINE_BYTES = 4096  # many files of the load grow over it
 SCRUB_S = 6
 SCRUB_BYTES_PER_S = 16 << 20
 
@@ -208,6 +209,7 @@ class World:
             data="/meta",
             chunk_bytes=CHUNK_BYTES_MIN,
             session_grace_s=10.0,
+            inline_bytes_max=INLINE_BYTES,
         )
         while True:
             shared = self.shape.shared

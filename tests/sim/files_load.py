@@ -1,8 +1,9 @@
 """What the clients of a simulation with a metadata server do: names by everybody, files by owners.
 
-Every client process has two lanes: one changes a tiny tree in which all clients meet
-(names_lane.py), one writes files of its own and reads those of all (file_lane.py). Both go through
-the file library; the calls below it are recorded as well.
+Every client process has three lanes: one changes a tiny tree in which all clients meet
+(names_lane.py), one writes files of its own and reads those of all (file_lane.py), one writes a
+small file together with all others (share_lane.py). They go through the file library; the calls
+below it are recorded as well.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from sim.history import History
 from sim.machine import Machine
 from sim.names_lane import NamesLane
 from sim.names_record import record_calls
+from sim.share_lane import ShareLane
 from sim.workload import LAST_READERS
 
 PAUSE_NS = 250 * MS  # on average, between the operations of one lane
@@ -73,7 +75,8 @@ class FilesLoad:
         fs, number = await self.open(machine)
         names = NamesLane(self, fs, random.Random(dice.random()))
         files = FileLane(self, number, index, fs, random.Random(dice.random()))
-        await asyncio.gather(names.run(), files.run())
+        share = ShareLane(self, number, index, fs, random.Random(dice.random()))
+        await asyncio.gather(names.run(), files.run(), share.run())
 
     async def open(self, machine: Machine, last: int = -1) -> tuple[FileSystem, int]:
         """Return the file library of a client process, recorded, and the number of its life."""

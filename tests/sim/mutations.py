@@ -162,6 +162,7 @@ def load() -> dict[str, Mutation]:
         mutate_disk,
         mutate_failover,
         mutate_files,
+        mutate_inline,
         mutate_meta,
         mutate_metas,
         mutate_recovery,
@@ -172,7 +173,8 @@ def load() -> dict[str, Mutation]:
 
     chunks = (mutate_replica, mutate_removal, mutate_recovery, mutate_disk)
     control = (mutate_control, mutate_client, mutate_failover)
-    for module in (*chunks, *control, mutate_meta, mutate_metas, mutate_files, mutate_trees):
+    files = (mutate_meta, mutate_metas, mutate_files, mutate_inline, mutate_trees)
+    for module in (*chunks, *control, *files):
         assert module.__doc__
     return MUTATIONS
 

@@ -54,7 +54,7 @@ def record_calls(
             answer = await original(method, request)
         except EmberfsError as problem:
             name = problem.code.name
-            if name not in (*ERRORS, *REFUSED):
+            if name not in (*ERRORS, *REFUSED) and name != "SUPERSEDED":  # that is tried again
                 note(f"{method.name}: {problem.code.name}: {problem}")
             outcome = "fail" if name in ERRORS else "unknown"
             history.end(op, now_ns(), outcome, result=name)
@@ -102,7 +102,7 @@ def in_words(method: Method[Any, Any], answer: msgspec.Struct) -> str:
     """Return an answer as check_tree compares it."""
     if method in (calls.SETTLE, calls.STABLE):
         return ""
-    if isinstance(answer, calls.InodeAnswer | calls.ResolveAnswer):
+    if isinstance(answer, calls.InodeAnswer | calls.OpenAnswer | calls.ResolveAnswer):
         return _stat(answer.inode)
     if isinstance(answer, calls.ReaddirAnswer):
         return "/".join(f"{row.name.decode()} {row.id}" for row in answer.rows)

@@ -30,7 +30,7 @@ from emberfs.proto.cluster import (
 )
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import DirectoryEntry, Inode, Layout
-from emberfs.proto.ids import KiB, unpack_chunk_id
+from emberfs.proto.ids import KiB, pack_chunk_id, unpack_chunk_id
 from emberfs.runtime.checksum import crc32c
 from emberfs.runtime.real import RealEnv
 
@@ -254,6 +254,10 @@ class FakeMeta(FakeNode):
         self.settled = []
         self.quota_bytes = None
         self.next = 2
+        self.inline_bytes_max = 0
+        self.contents = {}  # of inline files
+        self.before = lambda method, request: None  # may raise
+        self.versions = 0
         methods = {
             mc.LOOKUP: self.lookup,
             mc.RESOLVE: self.resolve,
@@ -272,6 +276,8 @@ class FakeMeta(FakeNode):
             mc.SET_XATTR: self.set_xattr,
             mc.STATFS: lambda r: mc.StatfsAnswer(1 << 40, 1 << 39, len(self.inodes)),
             mc.STABLE: lambda r: mc.Nothing(),
+            mc.CONTENT: lambda r: self.opened(self.get(r.inode)),
+            mc.PROMOTE: self.promote,
         }
         self.handlers = {m.number: self._typed(m, f) for m, f in methods.items()}
 
@@ -281,6 +287,7 @@ class FakeMeta(FakeNode):
             key = getattr(request, "request", None)
             if key is not None and key in self.requests:
                 return self.requests[key]
+            self.before(method, request)
             body = method.encode_answer(function(request))
             if key is not None:
                 self.requests[key] = body
@@ -311,6 +318,9 @@ class FakeMeta(FakeNode):
             raise EmberfsError(Code.EXISTS, f"{name!r}")
         number, self.next = self.next, self.next + 1
         layout = self.world.layout if stat.S_ISREG(mode) else None
+        if self.inline_bytes_max and layout is not None:
+            self.versions += 1
+            more |= {"inline": True, "inline_version": self.versions}
         self.inodes[number] = self._new(number, mode, layout, **more)
         self.names[parent, name] = number
         return self.inodes[number]
@@ -332,10 +342,14 @@ class FakeMeta(FakeNode):
 
     def cut(self, number, length):
         inode = self.get(number)
+        if inode.inline:
+            self.versions += 1
+            self.contents[number] = self.contents.get(number, b"")[:length]
+            return self.change(number, length=length, inline_version=self.versions)
         if length < inode.length:
             for chunk in list(self.world.chunks):
                 owner, index = unpack_chunk_id(chunk)
-                if owner == number:
+                if owner == (inode.layout.data or number):
                     keep = max(0, length - index * self.world.layout.chunk_bytes)
                     del self.world.chunks[chunk][keep:]
             return self.change(number, length=length, truncate_version=inode.truncate_version + 1)
@@ -362,7 +376,22 @@ class FakeMeta(FakeNode):
         else:
             inode = self.cut(number, 0) if r.truncate else self.get(number)
         self.sessions[inode.id, r.session] += 1
-        return mc.InodeAnswer(inode, self.room())
+        return self.opened(inode)
+
+    def opened(self, inode):
+        content = self.contents.get(inode.id, b"") if inode.inline else None
+        return mc.OpenAnswer(inode, content, self.inline_bytes_max, self.room())
+
+    def promote(self, r):
+        inode = self.get(r.inode)
+        if inode.inline:
+            data, self.next = self.next, self.next + 1
+            content = self.contents.pop(inode.id, b"")
+            if content:
+                self.world.chunks[pack_chunk_id(data, 0)] = bytearray(content)
+            layout = msgspec.structs.replace(inode.layout, data=data)
+            inode = self.change(inode.id, inline=False, layout=layout)
+        return mc.InodeAnswer(inode)
 
     def mknod(self, r):
         return mc.InodeAnswer(self.add(r.parent, r.name, r.mode & ~r.umask))
@@ -393,7 +422,7 @@ class FakeMeta(FakeNode):
     def open(self, r):
         inode = self.cut(r.inode, 0) if r.truncate else self.get(r.inode)
         self.sessions[r.inode, r.session] += 1
-        return mc.InodeAnswer(inode, self.room())
+        return self.opened(inode)
 
     def room(self, want=0):
         """All files are under one quota, if any."""
@@ -406,7 +435,13 @@ class FakeMeta(FakeNode):
         self.settled.append(r)
         inode = self.get(r.inode)
         fields = {}
-        if r.length is not None and r.truncate_version == inode.truncate_version:
+        if r.content is not None:
+            if not inode.inline or r.inline_version < inode.inline_version:
+                raise EmberfsError(Code.SUPERSEDED, f"inode {inode.id}")
+            self.versions += 1
+            self.contents[inode.id] = r.content
+            fields |= {"length": r.length, "inline_version": self.versions}
+        elif r.length is not None and r.truncate_version == inode.truncate_version:
             fields["length"] = max(inode.length, r.length)
         if fields.get("length", inode.length) != inode.length or r.mtime_ns is not None:
             fields["mtime_ns"] = 777 if r.mtime_ns is None else r.mtime_ns
@@ -506,6 +541,12 @@ class World:
     def content(self, inode, length):
         """What storage holds of a file."""
         out = bytearray(length)
+        known = self.meta.inodes.get(inode)
+        if known is not None and known.inline:
+            kept = self.meta.contents.get(inode, b"")[:length]
+            return kept + bytes(length - len(kept))
+        if known is not None and known.layout is not None:
+            inode = known.layout.data or inode
         for chunk, data in self.chunks.items():
             owner, index = unpack_chunk_id(chunk)
             start = index * self.layout.chunk_bytes

@@ -79,19 +79,27 @@ class FakeChunks:
     ) -> list[ChainId]:
         self.log.append(("remove", inode, first_index))
         await self._pass()
-        gone = [k for k in self.chunks if k[0] == inode and k[1] >= first_index]
+        gone = [k for k in self.chunks if k[0] == (layout.data or inode) and k[1] >= first_index]
         for key in gone:
             self.unflushed[key] = self.chunks.pop(key)
         return [layout.chains[0]] if gone else []
+
+    async def write(
+        self, inode: InodeId, layout: Layout, offset: int, data: memoryview, *, timeout_ns: int
+    ) -> None:
+        self.log.append(("write", layout.data, offset, bytes(data)))
+        await self._pass()
+        self.chunks[layout.data or inode, offset // layout.chunk_bytes] = len(data)
 
     async def truncate_chunk(
         self, inode: InodeId, layout: Layout, index: int, length: int, timeout_ns: int
     ) -> list[ChainId]:
         self.log.append(("truncate", inode, index, length))
         await self._pass()
-        if (inode, index) in self.chunks:
-            self.unflushed[inode, index] = self.chunks[inode, index]
-        self.chunks[inode, index] = length
+        key = (layout.data or inode, index)
+        if key in self.chunks:
+            self.unflushed[key] = self.chunks[key]
+        self.chunks[key] = length
         return [layout.chains[0]]
 
     async def flush(self, chains: Iterable[ChainId], timeout_ns: int) -> None:
@@ -108,7 +116,7 @@ class FakeChunks:
     ) -> int:
         self.log.append(("end", inode, first_index))
         await self._pass()
-        found = {i: n for i, n in self.of(inode).items() if i >= first_index}
+        found = {i: n for i, n in self.of(layout.data or inode).items() if i >= first_index}
         return max((i * layout.chunk_bytes + n for i, n in found.items()), default=0)
 
     async def inodes_on(
@@ -159,7 +167,8 @@ def make_snapshot(chains: int = 3, clients: dict[int, bool] | None = None) -> Ro
 class World:
     """One metadata server without sockets; short names for its calls."""
 
-    def __init__(self, store: OrderedStore | None = None) -> None:
+    def __init__(self, store: OrderedStore | None = None, inline_bytes_max: int = 0) -> None:
+        self.inline_bytes_max = inline_bytes_max
         self.env = TestEnv()
         self.store = MemoryStore() if store is None else store
         self.chunks = FakeChunks()
@@ -171,7 +180,11 @@ class World:
         """Begin with what is in the store, as a restarted server does."""
         self.engine = Engine(self.env, self.store)
         self.context = Context(
-            self.env, self.engine, self.chunks, lambda: self.routing, Policy(CHUNK, 16)
+            self.env,
+            self.engine,
+            self.chunks,
+            lambda: self.routing,
+            Policy(CHUNK, 16, self.inline_bytes_max),
         )
 
     async def open(self) -> None:
@@ -331,6 +344,16 @@ class World:
             for key, _ in self.rows(keys.Prefix.ENTRY)
         )
         assert len(self.rows(keys.Prefix.TRASH)) == in_trash
+        for key, value in self.rows(keys.Prefix.INLINE):
+            inode = inodes[int.from_bytes(key[1:9], "big")]
+            assert inode.inline, "a content beside chunks"
+            assert 0 < len(value) <= inode.length
+        owned = {
+            int.from_bytes(key[1:9], "big"): keys.unpack_owner(value)
+            for key, value in self.rows(keys.Prefix.OWNER)
+        }
+        data = {i.layout.data: i.id for i in inodes.values() if i.layout and i.layout.data}
+        assert owned == data
         count = self.store.get(keys.INODE_COUNT_KEY)
         assert int.from_bytes(count or b"", "little") == len(inodes)
         replies = self.rows(keys.Prefix.REPLY)
@@ -338,11 +361,15 @@ class World:
         assert len(replies) + len(marks) == len(self.rows(keys.Prefix.REPLY_AGE))
 
 
-def play(scene: Callable[[World], Awaitable[None]], store: OrderedStore | None = None) -> World:
+def play(
+    scene: Callable[[World], Awaitable[None]],
+    store: OrderedStore | None = None,
+    **more: Any,
+) -> World:
     """Run a test in a fresh world; all invariants hold afterwards."""
 
     async def main() -> World:
-        world = World(store)
+        world = World(store, **more)
         async with asyncio.timeout(10):
             await world.open()
             await scene(world)

@@ -36,7 +36,7 @@ def test_c9_lost_reply_is_retried_with_the_same_request_id():
 def test_every_mutating_call_has_its_own_request_id():
     async def test(world):
         meta = metadata_of(world)
-        inode = await meta.create(ME, 1, b"a", 0o644, session=5, write=True)
+        inode = (await meta.create(ME, 1, b"a", 0o644, session=5, write=True)).inode
         await meta.setattr(ME, inode.id, mode=0o600)
         await meta.settle(inode.id, 5, close=True)
         await meta.rename(ME, 1, b"a", 1, b"b")

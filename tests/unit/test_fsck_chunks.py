@@ -9,12 +9,12 @@ from emberfs.deploy.fsck_equal import are_equal, good_replica
 from emberfs.deploy.fsck_mend import Mender
 from emberfs.deploy.fsck_owners import BEYOND, MISPLACED, ORPHAN, kind_of
 from emberfs.kv import keys
-from emberfs.meta import schema
+from emberfs.meta import promote, schema
 from emberfs.proto.cluster import PublicState
 from emberfs.proto.errors import Code
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import SECOND, ChainId, ChunkId, InodeId, TargetId
-from emberfs.proto.meta_calls import Mend
+from emberfs.proto.meta_calls import Mend, PromoteRequest
 from emberfs.proto.storage_calls import ChunkRow, Leak
 from unit.fsck_world import QUICK, Scene, chain_of
 from unit.meta_world import CHUNK, World, chain, fails, play, snapshot
@@ -314,7 +314,7 @@ def test_o11_a_chunk_on_a_foreign_chain_is_found_and_removed() -> None:
         scene.stores.put(foreign, inode.id, 0)
         texts = await scene.texts()
         assert len(texts) == 1
-        assert "keeps them on another chain" in texts[0]
+        assert "keeps them elsewhere" in texts[0]
         assert await scene.repaired() == []
         assert len(scene.stores.removed) == 1
         assert (await scene.fsck()).chunks == 2
@@ -413,3 +413,33 @@ def test_kinds_of_strange_chunks() -> None:
     assert kind_of(inode, ChainId(1), 1, 10) == MISPLACED
     assert kind_of(inode, ChainId(1), 2, 0) == BEYOND
     assert kind_of(replace(inode, layout=None), ChainId(1), 0, 1) == MISPLACED
+
+
+def test_chunks_of_a_small_file_that_grew_have_an_owner() -> None:
+    """By the record of their data id; those under the inode's own id belong to nobody."""
+
+    async def main(world: World) -> None:
+        scene = Scene(world)
+        made = await world.create(b"grown", session=0)
+        await world.settle(made.id, content=b"abc", length=3, inline_version=made.inline_version)
+        request = PromoteRequest(world.rid(), made.id)
+        grown = (await promote.promote(world.context, request)).inode
+        assert grown.layout is not None
+        chain = chain_of(grown.layout, 0)
+        scene.stores.put(chain, grown.layout.data, 0, 3)
+        assert await scene.texts() == []
+        assert await scene.texts(QUICK._replace(path=b"/grown")) == []
+        scene.stores.put(chain, grown.layout.data, len(grown.layout.chains), 3)
+        scene.stores.put(chain, grown.id, 0, 3)
+        small = await world.create(b"small", session=0)
+        scene.stores.put(chain_of(small.layout, 0), small.id, 0, 3)
+        texts = sorted(await scene.texts())
+        assert len(texts) == 3
+        assert sum("keeps them elsewhere" in text for text in texts) == 2
+        assert f"behind the end of inode {grown.id} (3 bytes)" in "".join(texts)
+        await scene.repaired()
+        assert world.chunks.of(grown.layout.data) == {0: 3}
+        await world.unlink(b"grown")
+        assert not any("does not exist" in text for text in await scene.texts())
+
+    play(main, inline_bytes_max=100)

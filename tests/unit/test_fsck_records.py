@@ -154,6 +154,36 @@ async def plant_attribute(scene: Scene) -> str:
     return f"attribute of inode {NOBODY}"
 
 
+async def plant_content(scene: Scene) -> str:
+    await scene.write(keys.inline_key(NOBODY), b"x")
+    return f"content of inode {NOBODY}"
+
+
+async def plant_content_beside_chunks(scene: Scene) -> str:
+    inode = await inode_of(scene, b"/top/f1")
+    await scene.write(keys.inline_key(inode.id), b"x")
+    return f"inode {inode.id} has a content beside it and chunks"
+
+
+async def plant_owner(scene: Scene) -> str:
+    inode = await inode_of(scene, b"/top/f1")
+    await scene.write(keys.owner_key(NOBODY), keys.pack_owner(inode.id))
+    return f"data id {NOBODY} leads to inode {inode.id}, which does not have it"
+
+
+async def plant_damaged_owner(scene: Scene) -> str:
+    await scene.write(keys.owner_key(NOBODY), b"?")
+    return f"data id {NOBODY} leads to inode 0"
+
+
+async def plant_data_id(scene: Scene) -> str:
+    inode = await scene.file(b"grown", 0)
+    assert inode.layout is not None
+    layout = replace(inode.layout, data=InodeId(NOBODY))
+    await scene.write_inode(replace(inode, layout=layout))
+    return f"inode {inode.id} has data id {NOBODY}, which does not lead to it"
+
+
 async def plant_trim(scene: Scene) -> str:
     await scene.write(keys.trim_key(NOBODY), schema.TRIM.encode(schema.Trim(5, LAYOUT)))
     return f"trim of inode {NOBODY}"
