@@ -23,7 +23,7 @@ from emberfs.meta.context import Context
 from emberfs.meta.inline import answer
 from emberfs.meta.inode_ids import BLOCK_IDS
 from emberfs.meta.tree import load_inode, store_inode
-from emberfs.proto.errors import Code, EmberfsError
+from emberfs.proto.errors import Code, EmberfsError, Reaction
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import SECOND, InodeId
 from emberfs.proto.meta_calls import PROMOTE, InodeAnswer, PromoteRequest
@@ -96,16 +96,23 @@ async def _attempt(
             txn.set(keys.owner_key(layout.data), keys.pack_owner(inode.id))
         return InodeAnswer(promoted)
 
-    used = False
+    vain = True  # for certain: what the store did not tell, it may do later
     try:
         await _write(context, inode.id, layout, content)
         context.promoting.add(inode.id)
+        vain = False
         made = await context.replies.run(PROMOTE, request.request, work, durable=True)
         context.promoting.discard(inode.id)
-        used = made.inode.layout == layout
+        vain = made.inode.layout != layout
         return made
+    except _MovedError:
+        vain = True
+        raise
+    except EmberfsError as problem:
+        vain = vain or problem.reaction == Reaction.GIVE_UP
+        raise
     finally:
-        if not used and layout.data:
+        if vain and layout.data:
             await give_up(context, layout)
 
 

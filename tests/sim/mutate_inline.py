@@ -69,6 +69,16 @@ def owners_of_data_ids_are_not_looked_at(patch: Patch) -> None:
     patch.set(Orphans, "_lost", lost)
 
 
+@mutation("metas", CONTENT)
+def ids_are_not_barred(patch: Patch) -> None:
+    """Who searches for lost chunks does not say so before to the other servers."""
+
+    async def barred(txn: Transaction) -> int:
+        return -1
+
+    patch.set(promote, "barred_block", barred)
+
+
 @mutation("meta power", CONTENT)
 def told_contents_are_not_told_again(patch: Patch) -> None:
     """fsync takes what was told once for stable."""
@@ -79,7 +89,7 @@ def told_contents_are_not_told_again(patch: Patch) -> None:
 def versions_of_contents_are_given_again(patch: Patch) -> None:
     """The lives of the server are not told apart."""
 
-    async def load(self: Any) -> None:
+    async def load(self: Any, **_: Any) -> None:
         self._next = first_version_of(1)
 
     patch.set(Versions, "load", load)

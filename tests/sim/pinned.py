@@ -51,6 +51,7 @@ DIRECTED: dict[str, str] = {
     "given_up_promotions_are_not_collected": "a_small_file_is_written_while_it_gets_chunks",
     "given_up_writes_may_come_late": "a_write_comes_after_its_client_has_given_it_up",
     "incomplete_replicas_answer_reads": "a_replica_is_back_and_not_filled_yet",
+    "ids_are_not_barred": "a_small_file_gets_chunks_while_another_server_starts",
     "inode_ids_are_used_again": "power_of_meta_fails_after_its_first_new_file",
     "kept_versions_are_overwritten": "power_fails_after_a_chunk_was_cut_and_has_grown",
     "late_duplicates_are_applied": "a_write_comes_again_after_the_next_one",

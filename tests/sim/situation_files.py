@@ -213,9 +213,11 @@ async def power_of_meta_fails_before_a_writer_cuts_its_file(stage: Stage) -> Non
 
     async def leave(fs: FileSystem) -> File:
         file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)  # it has chunks from here on
+        await file.truncate(0)
         await fs.cluster.metadata.stable()
         await file.truncate(2 * len(OLD))
-        await file.write(OLD)
+        await file.pwrite(OLD, 0)
         return file
 
     file = await stage.at(0, leave)

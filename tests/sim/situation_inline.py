@@ -6,14 +6,16 @@ from emberfs.client.file import File, FileSystem
 from emberfs.proto.storage_calls import UPDATE
 from sim.cluster import INLINE_BYTES
 from sim.disk import Fate
+from sim.machine import Machine
 from sim.scenario_files import Stage
 from sim.situation_files import expect, read, write
-from sim.situations import file_situation
+from sim.situations import file_situation, metas_situation
 from sim.tap import Tap, between
 
 UNSYNCED_IS_LOST = Fate(data=False, rows=False)
 PATH = "/f/x"
 OLD = b"o" * 100
+GRACE_S = 10.0  # after the start of a server, until it searches
 BEHIND = INLINE_BYTES + 1000  # a write there makes the file grow over the limit
 
 
@@ -34,9 +36,11 @@ async def _write(stage: Stage, client: int, file: File, offset: int, data: bytes
     await stage.at(client, lambda _: file.pwrite(data, offset))
 
 
-def _chunk_writes_of_meta(stage: Stage, *, answers: bool = False) -> Tap:
+def _chunk_writes_of_meta(
+    stage: Stage, server: Machine | None = None, *, answers: bool = False
+) -> Tap:
     """Hold what the metadata server writes to chunks, or that it was written."""
-    here, there = {stage.meta.name}, {machine.name for machine in stage.world.storage}
+    here, there = {(server or stage.meta).name}, {machine.name for machine in stage.world.storage}
     if answers:
         here, there = there, here
     tap = Tap(between(UPDATE.number, here, there, answers=answers))
@@ -113,6 +117,51 @@ async def power_of_meta_fails_after_a_content_was_told(stage: Stage) -> None:
     await stage.at(0, lambda _: file.fsync())
     expect(await stage.at(1, read), patched(OLD, (0, b"1" * 10)))
     await stage.at(0, lambda _: file.close())
+
+
+@file_situation
+async def power_of_meta_fails_before_a_writer_cuts_its_small_file(stage: Stage) -> None:
+    """Meta has forgotten the content; its writer has not, and tells what the cut has left of it."""
+
+    async def leave(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w")
+        await fs.cluster.metadata.stable()
+        await file.truncate(2 * len(OLD))
+        await file.pwrite(OLD, 0)
+        return file
+
+    file = await stage.at(0, leave)
+    await asyncio.sleep(3)  # it is told, not durably
+    stage.cut_meta(UNSYNCED_IS_LOST)
+    stage.power_on()
+
+    async def cut(_: FileSystem) -> None:
+        await file.truncate(len(OLD) - 7)
+        await file.close()
+
+    await stage.at(0, cut)
+    expect(await stage.at(1, read), OLD[:-7])
+
+
+@metas_situation
+async def a_small_file_gets_chunks_while_another_server_starts(stage: Stage) -> None:
+    """It searches for chunks without owner where the ids of the living are; this has none yet."""
+    await stage.at(0, lambda fs: write(fs, OLD))
+    home = stage.home((await stage.at(0, lambda fs: fs.stat(PATH))).st_ino)
+    file = await _open(stage, 0)
+    other = next(machine for machine in stage.world.meta if machine is not home)
+    other.kill()
+    await asyncio.sleep(0.2)
+    stage.revive(other)
+    await asyncio.sleep(GRACE_S - 1.5)
+    tap = _chunk_writes_of_meta(stage, home, answers=True)
+    growing = stage.begin(0, lambda _: file.pwrite(b"1" * 10, BEHIND))
+    await stage.until(lambda: bool(tap.held), 5)
+    await asyncio.sleep(5)
+    tap.release()
+    await growing
+    await stage.at(0, lambda _: file.close())
+    expect(await stage.at(1, read), patched(OLD, (BEHIND, b"1" * 10)))
 
 
 @file_situation

@@ -184,7 +184,7 @@ class World:
             self.engine,
             self.chunks,
             lambda: self.routing,
-            Policy(CHUNK, 16, self.inline_bytes_max),
+            Policy(CHUNK, 16, inline_bytes_max=self.inline_bytes_max),
         )
 
     async def open(self) -> None:

@@ -8,6 +8,8 @@ import stat
 from collections import deque
 from typing import Any
 
+from msgspec.structs import replace
+
 from emberfs.client.file import FileSystem
 from emberfs.client.metadata import Metadata
 from emberfs.client.openfile import OpenFiles
@@ -104,6 +106,13 @@ class LocalMetadata(Metadata):
         )
 
 
+class NoChunks:
+    """Storage that does not answer."""
+
+    async def stored_bytes(self, inode: int, layout: Any) -> int | None:
+        return None
+
+
 class ModelWorld:
     """The store, the server and the two clients."""
 
@@ -117,9 +126,15 @@ class ModelWorld:
         await self.world.open()
         self.server = Server(self.world)
         self.files = [
-            OpenFiles(self.world.env, None, LocalMetadata(self.server, client))  # type: ignore[arg-type]
+            OpenFiles(self.world.env, NoChunks(), LocalMetadata(self.server, client))  # type: ignore[arg-type]
             for client in CLIENTS
         ]
+
+    def keep_small_files(self, inline_bytes_max: int) -> None:
+        """Files up to that have no chunks; in later lives of the server as well."""
+        self.world.inline_bytes_max = inline_bytes_max
+        context = self.world.context
+        context.policy = replace(context.policy, inline_bytes_max=inline_bytes_max)
 
     async def close(self) -> None:
         self.server.fates.clear()

@@ -261,3 +261,55 @@ async def _step(dice, world, file, model):
     else:
         assert (await file.stat()).length == len(model)
         await asyncio.sleep(0.01)
+
+
+# ---------------------------------------------------------------- quotas, blocks
+
+
+def test_a_write_beyond_the_quota_fails_at_once_and_what_was_accepted_settles():
+    async def test(world):
+        world.meta.quota_bytes = 1000
+        file = await make(world.client())
+        await file.write(0, b"x" * 600)
+        await file.write(600, b"x" * 400)
+        with pytest.raises(EmberfsError) as found:
+            await file.write(1000, b"x")
+        assert found.value.code == Code.QUOTA
+        await file.flush()
+        assert (told(world)[-1], world.chunks) == (b"x" * 1000, {})
+        world.meta.quota_bytes = 1010
+        await file.write(1000, b"x" * 10)
+        await file.close()
+        assert told(world)[-1] == b"x" * 1010
+
+    play(test)
+
+
+def test_blocks_of_a_small_file_are_its_content_and_storage_is_not_asked():
+    async def test(world):
+        files = world.client()
+        file = await make(files, b"x" * 600)
+        holed = world.meta.change(file.inode_id, length=LIMIT, sparse=True)
+        assert await files.stored_bytes(holed) == 600
+        await file.close()
+        other = world.client(8)
+        assert await other.stored_bytes(holed) == 600
+        world.meta.before = lambda method, request: pytest.fail(f"{method.name} is asked")
+        whole = world.meta.change(file.inode_id, length=600, sparse=False)
+        assert await other.stored_bytes(whole) == 600
+        world.meta.before = lambda method, request: None
+
+    play(test)
+
+
+def test_a_hole_that_a_small_file_takes_along_is_told():
+    """It is written behind its end and grows: meta has not heard of either."""
+
+    async def test(world):
+        file = await make(world.client(), b"x")
+        await file.write(1500, b"y" * 10)
+        await file.write(LIMIT, b"z" * 10)
+        await file.flush()
+        assert any(r.sparse for r in world.meta.settled)
+
+    play(test)

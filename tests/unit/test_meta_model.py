@@ -101,9 +101,10 @@ class Agreement(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ names
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(small=st.booleans())
+    def begin(self, small: bool) -> None:
         """Everybody may make names in the root."""
+        self.real.keep_small_files(8192 if small else 0)
         self.both((0, ROOT, 0, ()), lambda fs: fs.chmod("/", 0o777), _chmod(self.model, "/", 0o777))
         self.mkdir((0, ALICE, 0, ()), "/a", 0o777)
         self.mkdir((0, ROOT, 0, ()), "/b", 0o1777)
