@@ -41,7 +41,7 @@ DIRECTED: dict[str, str] = {
     "given_up_promotions_are_not_collected": "a_small_file_is_written_while_it_gets_chunks",
     "given_up_writes_may_come_late": "a_write_comes_after_its_client_has_given_it_up",
     "incomplete_replicas_answer_reads": "a_replica_is_back_and_not_filled_yet",
-    "inode_ids_are_used_again": "power_of_meta_fails_after_its_first_new_file",
+    "inode_ids_are_used_again": "power_of_meta_fails_after_it_wrote_its_first_chunk",
     "kept_versions_are_overwritten": "power_fails_after_a_chunk_was_cut_and_has_grown",
     "late_duplicates_are_applied": "a_write_comes_again_after_the_next_one",
     "lease_is_believed_whole": "a_replica_is_cut_off_with_a_client",
