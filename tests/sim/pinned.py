@@ -139,7 +139,7 @@ PINNED: dict[str, tuple[int, str]] = {
     "lengths_are_not_settled": (0, "files"),
     "links_are_not_counted": (5, "files"),
     "long_writes_are_cut": (0, "calm"),
-    "metadata_retries_get_new_ids": (9, "names"),
+    "metadata_retries_get_new_ids": (5, "names"),
     "no_answer_counts_as_done": (0, "network"),
     "old_data_is_trusted": (2, "power"),
     "old_reports_count": (6, "everything"),
