@@ -168,6 +168,8 @@ async def _opened(
     """
     inode, limit = answer.inode, context.policy.inline_bytes_max
     if inode.inline:
+        if request.truncate and not is_new:
+            await context.engine.sync()  # a cut is stable when it is told, as with chunks
         return OpenAnswer(inode, contents.get(inode.inline_version), limit)
     await stable(context, inode.id)
     await _finish_trim(context, inode.id, recorded=request.truncate)
@@ -315,6 +317,8 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
         return InodeAnswer(changed)
 
     answer = await context.replies.run(SETATTR, request.request, work)
+    if request.length is not None and answer.inode.inline:
+        await context.engine.sync()  # a cut is stable when it is told, as with chunks
     await _finish_trim(context, request.inode, recorded=request.length is not None)
     return answer
 
