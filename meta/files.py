@@ -160,6 +160,8 @@ async def _opened(
     """
     inode, limit = answer.inode, context.policy.inline_bytes_max
     if inode.inline:
+        if request.truncate and not is_new:
+            await context.engine.sync()  # a cut is stable when it is told, as with chunks
         return OpenAnswer(inode, contents.get(inode.inline_version), limit, answer.room)
     await stable(context, inode.id)
     if request.truncate:
@@ -304,6 +306,8 @@ async def setattr_(context: Context, request: SetattrRequest) -> InodeAnswer:
 
     answer = await context.trims.after(lambda: context.replies.run(SETATTR, request.request, work))
     if request.length is not None:
+        if answer.inode.inline:
+            await context.engine.sync()  # a cut is stable when it is told, as with chunks
         await context.trims.perform(request.inode)
     return answer
 

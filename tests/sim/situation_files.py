@@ -164,33 +164,6 @@ async def power_of_meta_fails_after_a_file_was_collected(stage: Stage) -> None:
 
 
 @file_situation
-async def power_of_meta_fails_after_its_first_new_file(stage: Stage) -> None:
-    """The file is lost and its chunks are not: they must not show in the next new file."""
-    await stage.at(0, lambda fs: fs.cluster.metadata.stable())
-    stage.meta.kill()
-    await asyncio.sleep(0.2)
-    stage.revive(stage.meta)
-
-    async def leave(fs: FileSystem) -> None:
-        file = await fs.open(PATH, "w", direct=True)
-        await file.write(OLD)
-
-    await stage.at(0, leave)
-    stage.cut_meta(UNSYNCED_IS_LOST)
-    stage.client(0).kill()
-    stage.power_on()
-    stage.revive(stage.client(0))
-
-    async def make(fs: FileSystem) -> None:
-        file = await fs.open(PATH, "w")
-        await file.pwrite(NEW, len(OLD))
-        await file.close()
-
-    await stage.at(1, make)
-    expect(await stage.at(2, read), bytes(len(OLD)) + NEW)
-
-
-@file_situation
 async def a_file_is_set_to_a_length_after_its_writer_has_died(stage: Stage) -> None:
     """What the writer was told is written stays, as far as the file reaches."""
 

@@ -106,6 +106,32 @@ async def a_small_file_has_grown_before_meta_starts_anew(stage: Stage) -> None:
 
 
 @file_situation
+async def power_of_meta_fails_after_it_wrote_its_first_chunk(stage: Stage) -> None:
+    """Its name is the first id of this life, which is lost: no new file may have that one."""
+    await stage.at(0, lambda fs: write(fs, OLD))
+    stage.meta.kill()
+    await asyncio.sleep(0.2)
+    stage.revive(stage.meta)
+    file = await _open(stage, 0)
+    tap = _chunk_writes_of_meta(stage, answers=True)
+    stage.begin(0, lambda _: file.pwrite(b"1" * 10, BEHIND))
+    await stage.until(lambda: bool(tap.held), 5)
+    stage.client(0).kill()
+    stage.cut_meta(UNSYNCED_IS_LOST)
+    tap.lose()
+    stage.power_on()
+    stage.revive(stage.client(0))
+
+    async def make(fs: FileSystem) -> None:
+        file = await fs.open("/f/new", "w")
+        await file.pwrite(b"2" * 10, BEHIND)
+        await file.close()
+
+    await stage.at(1, make)
+    expect(await stage.at(2, lambda fs: read(fs, "/f/new")), patched(b"", (BEHIND, b"2" * 10)))
+
+
+@file_situation
 async def power_of_meta_fails_after_a_content_was_told(stage: Stage) -> None:
     """It was told in passing, which is not stable; the fsync that follows must tell it again."""
     await stage.at(0, lambda fs: write(fs, OLD))
