@@ -65,7 +65,7 @@ class Context:
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions
         self.quota_walks = QuotaWalks(env, engine)
         self.removed_trees = RemovedTrees(env, engine, self.collector)
-        self._tasks = TaskSet()
+        self.tasks = TaskSet()  # which no call waits for, and which end with the server
         self._serving: tuple[RoutingSnapshot | None, tuple[ChainId, ...]] = (None, ())
 
     async def load(self) -> None:
@@ -79,11 +79,11 @@ class Context:
         self.collector.start()
         self.quota_walks.start()
         self.removed_trees.start()
-        self._tasks.spawn(self.replies.forgetting.live(), name="meta replies")
+        self.tasks.spawn(self.replies.forgetting.live(), name="meta replies")
 
     async def close(self) -> None:
         """End the work in the background; what is unfinished stays recorded."""
-        await self._tasks.close()
+        await self.tasks.close()
         await self.quota_walks.close()
         await self.removed_trees.close()
         await self.collector.close()

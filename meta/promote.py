@@ -14,6 +14,9 @@ Nobody may write chunks that a power cut would take back with the promotion. So 
 that a file has chunks but by an answer of OPEN or PROMOTE, and both wait until that is stable.
 """
 
+import asyncio
+import logging
+
 from msgspec.structs import replace
 
 from emberfs.kv import keys
@@ -23,13 +26,18 @@ from emberfs.meta.context import Context
 from emberfs.meta.inline import answer
 from emberfs.meta.inode_ids import BLOCK_IDS
 from emberfs.meta.tree import load_inode, store_inode
-from emberfs.proto.errors import Code, EmberfsError, Reaction
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
-from emberfs.proto.ids import SECOND, InodeId
+from emberfs.proto.ids import MS, SECOND, InodeId
 from emberfs.proto.meta_calls import PROMOTE, InodeAnswer, PromoteRequest
+from emberfs.runtime.retry import Backoff
+
+log = logging.getLogger("emberfs.meta.promote")
 
 CHUNK_TIMEOUT_NS = 10 * SECOND
 ATTEMPT_NS = 30 * SECOND  # from the first byte to the transaction; below fsck's time of grace
+RETRY_FIRST_NS = 200 * MS
+RETRY_MAX_NS = 10 * SECOND
 TRIES = 8  # each means that somebody has settled or cut in between
 
 
@@ -96,24 +104,18 @@ async def _attempt(
             txn.set(keys.owner_key(layout.data), keys.pack_owner(inode.id))
         return InodeAnswer(promoted)
 
-    vain = True  # for certain: what the store did not tell, it may do later
+    used = False
     try:
         await _write(context, inode.id, layout, content)
         context.promoting.add(inode.id)
-        vain = False
         made = await context.replies.run(PROMOTE, request.request, work, durable=True)
         context.promoting.discard(inode.id)
-        vain = made.inode.layout != layout
+        used = made.inode.layout == layout
         return made
-    except _MovedError:
-        vain = True
-        raise
-    except EmberfsError as problem:
-        vain = vain or problem.reaction == Reaction.GIVE_UP
-        raise
     finally:
-        if vain and layout.data:
-            await give_up(context, layout)
+        if not used and layout.data:  # also when the call is cancelled, or the store is away
+            name = f"give up data id {layout.data}"
+            await asyncio.shield(context.tasks.spawn(give_up(context, layout), name=name))
 
 
 async def _write(context: Context, inode: InodeId, layout: Layout, content: bytes) -> None:
@@ -126,12 +128,22 @@ async def _write(context: Context, inode: InodeId, layout: Layout, content: byte
 
 
 async def give_up(context: Context, layout: Layout) -> None:
-    """Chunks of an attempt that came to nothing go to the collector, unless it did take effect."""
+    """Chunks of an attempt that came to nothing go to the collector, unless it did take effect.
+
+    What it was is certain here: no transaction begins before the one of the attempt is decided.
+    """
 
     async def work(txn: Transaction) -> None:
         if await txn.get(keys.owner_key(layout.data)) is None:
             key = keys.deleted_key(context.env.wall_ns(), layout.data)
             txn.set(key, schema.DELETED.encode(schema.Deleted(layout)))
 
-    await context.engine.run(work)
+    backoff = Backoff(RETRY_FIRST_NS, RETRY_MAX_NS)
+    while True:
+        try:
+            await context.engine.run(work)
+            break
+        except EmberfsError as problem:
+            log.info("chunks of data id %d stay for now: %s", layout.data, problem)
+            await context.env.sleep_ns(backoff.next_ns(context.env.random))
     context.collector.wake()
