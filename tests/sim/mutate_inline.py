@@ -86,6 +86,12 @@ def told_contents_are_not_told_again(patch: Patch) -> None:
 
 
 @mutation("meta power", CONTENT)
+def lost_contents_are_not_laid_over(patch: Patch) -> None:
+    """What was told in an earlier life of meta is taken for a part of what there is now."""
+    patch.set(InlineContent, "_reclaim", lambda self, version: None)
+
+
+@mutation("meta power", CONTENT)
 def versions_of_contents_are_given_again(patch: Patch) -> None:
     """The lives of the server are not told apart."""
 
