@@ -14,9 +14,7 @@ from emberfs.kv.transactions import Engine
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.runtime.real import RealEnv
 from kv_faulty import FaultyBackend
-from unit.kv_engines import KINDS, Place, etcd, make_place, postgres, put, read_all
-
-__all__ = ["etcd", "postgres"]  # fixtures
+from unit.kv_engines import KINDS, Place, make_place, put, read_all
 
 
 @pytest.fixture(params=KINDS)
