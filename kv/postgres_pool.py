@@ -88,6 +88,14 @@ class Pool:
         self.window = Window(CONNECTIONS_MAX)
         self._tasks = TaskSet()
 
+    async def enter(self) -> None:
+        """Enter the window. AwayError if nobody leaves it."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self.window.enter()
+        except TimeoutError:
+            raise AwayError("PostgreSQL is too busy for another transaction") from None
+
     async def take(self) -> Connection:
         """Return a connection without a transaction. AwayError."""
         try:
