@@ -104,6 +104,13 @@ class LocalMetadata(Metadata):
         )
 
 
+class NoStorage:
+    """The model writes no data."""
+
+    async def stored_bytes(self, *_: object) -> None:
+        return None
+
+
 class ModelWorld:
     """The store, the server and the two clients."""
 
@@ -117,7 +124,7 @@ class ModelWorld:
         await self.world.open()
         self.server = Server(self.world)
         self.files = [
-            OpenFiles(self.world.env, None, LocalMetadata(self.server, client))  # type: ignore[arg-type]
+            OpenFiles(self.world.env, NoStorage(), LocalMetadata(self.server, client))  # type: ignore[arg-type]
             for client in CLIENTS
         ]
 
