@@ -64,13 +64,16 @@ class Patience:
 
         Raises TIMEOUT with the last cause when the pause would pass the deadline.
         """
-        pause_ns = self._backoff.next_ns(self._env.random)
-        if self._env.now_ns() + pause_ns >= self._deadline_ns:
+        until_ns = self._env.now_ns() + self._backoff.next_ns(self._env.random)
+        if until_ns >= self._deadline_ns:
             raise self._over(problem)
-        if problem.reaction == Reaction.RETRY:
-            await self._env.sleep_ns(pause_ns)
-        else:
-            await self._routing.wait_newer(seen, pause_ns)
+        if problem.reaction != Reaction.RETRY and await self._routing.wait_newer(
+            seen, until_ns - self._env.now_ns()
+        ):
+            return
+        # Routing that is closed, because the process ends, waits for nothing.
+        if self._env.now_ns() < until_ns:
+            await self._env.sleep_ns(until_ns - self._env.now_ns())
 
     def _over(self, problem: EmberfsError) -> EmberfsError:
         text = f"{self._describe()}: no success in {self._timeout_ns / SECOND:.1f} s"

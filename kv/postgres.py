@@ -158,7 +158,7 @@ class PostgresAttempt:
     async def _begun(self) -> Connection:
         assert not self._over, "a transaction was used after its end"
         if self._writes and not self._in_window:
-            await self._pool.window.enter()
+            await self._pool.enter()
             self._in_window = True
         if self._connection is None:
             self._connection = await self._pool.take()

@@ -88,6 +88,14 @@ class Pool:
         self.window = Window(CONNECTIONS_MAX)
         self._tasks = TaskSet()
 
+    async def enter(self) -> None:
+        """Enter the window. AwayError if nobody leaves it."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self.window.enter()
+        except TimeoutError:
+            raise AwayError("PostgreSQL is too busy for another transaction") from None
+
     async def take(self) -> Connection:
         """Return a connection without a transaction. AwayError."""
         try:
@@ -116,13 +124,11 @@ class Pool:
                 keepalives_count=2,
                 tcp_user_timeout=int(ANSWER_TIMEOUT_S * 1000),
             )
-            for name in _SETTINGS:
-                try:
-                    await connection.execute(f"SET {name} = off")
-                except psycopg.errors.UndefinedObject:
-                    pass  # a relative of PostgreSQL that does not know it
-            await connection.set_autocommit(False)
-            await connection.set_isolation_level(IsolationLevel.SERIALIZABLE)
+            try:
+                await _set_up(connection)
+            except BaseException:
+                await connection.close()
+                raise
         except psycopg.Error as problem:
             raise explained(problem, wrote=False) from None
         return connection
@@ -156,6 +162,16 @@ class Pool:
 
 
 _IDLE = psycopg.pq.TransactionStatus.IDLE
+
+
+async def _set_up(connection: Connection) -> None:
+    for name in _SETTINGS:
+        try:
+            await connection.execute(f"SET {name} = off")
+        except psycopg.errors.UndefinedObject:
+            pass  # a relative of PostgreSQL that does not know it
+    await connection.set_autocommit(False)
+    await connection.set_isolation_level(IsolationLevel.SERIALIZABLE)
 
 
 async def answered(work: Awaitable[T], *, wrote: bool) -> T:

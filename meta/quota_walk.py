@@ -11,7 +11,6 @@ A quota that is being removed goes when nothing counts for it any more. What no 
 without a name that are still open, things in the trash) is looked for among all inodes at the end.
 """
 
-import asyncio
 import logging
 
 from msgspec.structs import replace
@@ -20,6 +19,7 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
+from emberfs.meta.backlog import PAUSE_NS, Backlog
 from emberfs.meta.metrics import QUOTA_WALKS
 from emberfs.meta.quota import (
     WALKED,
@@ -34,48 +34,24 @@ from emberfs.meta.quota import (
 )
 from emberfs.meta.schema import QuotaState
 from emberfs.meta.tree import find_inode, store_inode
-from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Inode
-from emberfs.proto.ids import MS, SECOND, InodeId
+from emberfs.proto.ids import InodeId
 from emberfs.runtime.env import Env
-from emberfs.runtime.tasks import TaskSet
 
 log = logging.getLogger("emberfs.meta.quota_walk")
 
 BATCH_NAMES = 64
 SCAN_INODES = 512
-IDLE_NS = 1 * SECOND
-PAUSE_NS = 1 * MS  # between batches: callers come first
 
 
-class QuotaWalks:
-    """Works through what is to be counted anew, for ever."""
+class QuotaWalks(Backlog):
+    """Works through what is to be counted anew."""
+
+    what = "quota walks"
 
     def __init__(self, env: Env, engine: Engine) -> None:
-        self._env = env
+        super().__init__(env)
         self._engine = engine
-        self._woken = asyncio.Event()
-        self._tasks = TaskSet()
-
-    def start(self) -> None:
-        """Begin in the background."""
-        self._tasks.spawn(self._live(), name="meta quota walks")
-
-    async def close(self) -> None:
-        """Stop; what is left stays recorded."""
-        await self._tasks.close()
-
-    def wake(self) -> None:
-        """There may be something to count."""
-        self._woken.set()
-
-    async def finish(self) -> int:
-        """Work until nothing is left; returns the number of steps."""
-        steps = 0
-        while await self.step():
-            steps += 1
-            await self._env.sleep_ns(PAUSE_NS)
-        return steps
 
     async def step(self) -> bool:
         """Go through one batch of names. False if nothing is left to do."""
@@ -139,19 +115,6 @@ class QuotaWalks:
                 store_inode(txn, replace(inode, quota=record.above))
 
         await self._engine.run(work)
-
-    async def _live(self) -> None:
-        while True:
-            self._woken.clear()
-            try:
-                await self.finish()
-            except EmberfsError as problem:
-                log.warning("counting for quotas: %s", problem)
-            try:
-                async with asyncio.timeout(IDLE_NS / SECOND):
-                    await self._woken.wait()
-            except TimeoutError:
-                continue
 
 
 async def _batch(txn: Transaction, key: bytes, quota: InodeId, directory: InodeId) -> None:

@@ -7,7 +7,6 @@ of the queue, files are unlinked (who has them open keeps them), directories joi
 empty one is deleted. A server that dies leaves nothing half done, and several may share the work.
 """
 
-import asyncio
 import logging
 import stat
 
@@ -17,21 +16,18 @@ from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction, unpack_counter
 from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
+from emberfs.meta.backlog import Backlog
 from emberfs.meta.collect import Collector
 from emberfs.meta.metrics import REMOVED_NAMES, REMOVED_WAITING
 from emberfs.meta.tree import destroy, drop_link, find_inode, store_inode
-from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Inode
-from emberfs.proto.ids import MS, SECOND, InodeId
+from emberfs.proto.ids import InodeId
 from emberfs.runtime.env import Env
-from emberfs.runtime.tasks import TaskSet
 
 log = logging.getLogger("emberfs.meta.removed_trees")
 
 BATCH_NAMES = 64
 CHOICE_ROWS = 16  # of the queue: servers that share it hardly meet
-IDLE_NS = 1 * SECOND
-PAUSE_NS = 1 * MS  # between batches: callers come first
 
 
 def hide(txn: Transaction, directory: Inode, uid: int, now_ns: int) -> None:
@@ -42,35 +38,15 @@ def hide(txn: Transaction, directory: Inode, uid: int, now_ns: int) -> None:
     txn.add(keys.REMOVED_COUNT_KEY, 1)
 
 
-class RemovedTrees:
-    """Works through the queue, for ever."""
+class RemovedTrees(Backlog):
+    """Works through the queue."""
+
+    what = "removed trees"
 
     def __init__(self, env: Env, engine: Engine, collector: Collector) -> None:
-        self._env = env
+        super().__init__(env)
         self._engine = engine
         self._collector = collector
-        self._woken = asyncio.Event()
-        self._tasks = TaskSet()
-
-    def start(self) -> None:
-        """Begin in the background."""
-        self._tasks.spawn(self._live(), name="meta removed trees")
-
-    async def close(self) -> None:
-        """Stop; the queue stays."""
-        await self._tasks.close()
-
-    def wake(self) -> None:
-        """Something may have been removed."""
-        self._woken.set()
-
-    async def finish(self) -> int:
-        """Work until the queue is empty; returns the number of steps."""
-        steps = 0
-        while await self.step():
-            steps += 1
-            await self._env.sleep_ns(PAUSE_NS)
-        return steps
 
     async def step(self) -> bool:
         """Take one batch of names away. False if nothing is left to do."""
@@ -97,19 +73,6 @@ class RemovedTrees:
 
         waiting, found = await self._engine.run(find)
         return waiting, self._env.random.choice(found) if found else None
-
-    async def _live(self) -> None:
-        while True:
-            self._woken.clear()
-            try:
-                await self.finish()
-            except EmberfsError as problem:
-                log.warning("removing trees: %s", problem)
-            try:
-                async with asyncio.timeout(IDLE_NS / SECOND):
-                    await self._woken.wait()
-            except TimeoutError:
-                continue
 
 
 async def _batch(txn: Transaction, key: bytes, now_ns: int) -> int:

@@ -178,7 +178,7 @@ PINNED: dict[str, tuple[int, str]] = {
     "redo_data_is_lost": (0, "calm"),
     "redo_rows_are_not_loaded": (1, "outage"),
     "rename_is_two_steps": (0, "names"),
-    "replies_are_kept_apart": (4, "meta storm"),
+    "replies_are_kept_apart": (3, "metas"),
     "replies_are_not_kept": (8, "meta storm"),
     "sessions_never_end": (0, "lost clients"),
     "sessions_stay_open": (0, "files"),

@@ -1,5 +1,7 @@
 """What a call that gave up says of why."""
 
+import asyncio
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,3 +34,30 @@ def test_an_attempt_that_the_deadline_cut_short_does_not_hide_the_cause() -> Non
     assert "EIO on /data" in message_after(DISK, SILENCE)
     assert "before" not in message_after(SILENCE, SILENCE)
     assert message_after(SILENCE, DISK).endswith(f"last: {DISK}")
+
+
+def test_a_pause_is_one_also_when_routing_is_closed() -> None:
+    """Found by simulation (files 2000188): a call at the end of a process was tried for ever."""
+    now = [0]
+
+    class Env:
+        random = random.Random(1)
+
+        def now_ns(self) -> int:
+            return now[0]
+
+        async def sleep_ns(self, pause_ns: int) -> None:
+            now[0] += pause_ns
+
+    class Closed:
+        async def wait_newer(self, than: int, timeout_ns: int) -> bool:
+            return False
+
+    async def story() -> None:
+        limits = {"timeout_ns": 10**9, "attempt_ns": 10}
+        patience = Patience(cast(Any, Env()), cast(Any, Closed()), lambda: "a list", **limits)
+        for _ in range(1000):
+            await patience.pause(EmberfsError(Code.UNREACHABLE, "gone"), cast(Any, 1))
+
+    with pytest.raises(EmberfsError, match="no success in"):
+        asyncio.run(story())

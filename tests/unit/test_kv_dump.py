@@ -13,9 +13,7 @@ from emberfs.kv.transaction import Transaction, pack_counter
 from emberfs.kv.transactions import Engine
 from emberfs.proto.errors import Code, EmberfsError
 from kv_faulty import faulty_engine
-from unit.kv_engines import etcd, make_place, postgres, put, read_all
-
-__all__ = ["etcd", "postgres"]  # fixtures
+from unit.kv_engines import make_place, put, read_all
 
 
 async def fill(engine: Engine, count: int) -> dict[bytes, bytes]:

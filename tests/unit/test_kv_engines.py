@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,7 @@ from emberfs.kv.transactions import Engine
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.runtime.real import RealEnv
 from kv_faulty import FaultyBackend
-from unit.kv_engines import KINDS, Place, etcd, make_place, postgres, put, read_all
-
-__all__ = ["etcd", "postgres"]  # fixtures
+from unit.kv_engines import KINDS, Place, make_place, put, read_all
 
 
 @pytest.fixture(params=KINDS)
@@ -37,14 +36,20 @@ async def refused(txn: Transaction) -> Code:
 
 
 def once_together(count: int) -> Callable[[], Awaitable[None]]:
-    """Return a meeting point that only the first try of each of `count` transactions waits at."""
-    barrier, met = asyncio.Barrier(count), set()
+    """Return a meeting point that only the first try of each of `count` transactions waits at.
+
+    Not for long: an engine may let in one at a time.
+    """
+    everybody, met = asyncio.Event(), set()
 
     async def meet() -> None:
         task = asyncio.current_task()
         if task not in met:
             met.add(task)
-            await barrier.wait()
+            if len(met) == count:
+                everybody.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(everybody.wait(), 1)
 
     return meet
 

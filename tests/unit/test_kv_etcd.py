@@ -15,9 +15,7 @@ from emberfs.proto import etcd_pb2 as pb
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.runtime.real import RealEnv
 from kv_servers import PROPER, Etcd
-from unit.kv_engines import etcd, make_place, put, read_all
-
-__all__ = ["etcd"]  # a fixture
+from unit.kv_engines import make_place, put, read_all
 
 
 def live(
