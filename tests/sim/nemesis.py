@@ -372,9 +372,10 @@ class Nemesis:
         dice.shuffle(tap.held)
         network.counts["message held"] += len(tap.held)
         if dice.random() < 0.3:
-            # Nothing is missing from a stream: it ends where something is lost, and its pings tell.
-            lost = tap.held[len(tap.held) // 2 :]
-            tap.held[len(tap.held) // 2 :] = [held for held in lost if held[0].stream]
+            kept = tap.held[: len(tap.held) // 2]
+            del tap.held[: len(tap.held) // 2]
+            tap.lose()
+            tap.held = kept
         tap.release()
         network.taps.remove(tap)
 

@@ -52,9 +52,12 @@ class Tap:
         self.send_held()
 
     def lose(self) -> None:
-        """Lose what is held; everything else passes from now on."""
-        self.open = True
-        self.held.clear()
+        """Lose what is held; everything else passes from now on.
+
+        Nothing is missing from a stream: it ends where something is lost, and its pings tell.
+        """
+        self.held = [held for held in self.held if held[0].stream]
+        self.release()
 
 
 def between(
