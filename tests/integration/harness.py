@@ -22,6 +22,7 @@ from emberfs.deploy.plan import Plan, load_plan
 
 BIN = Path(sys.executable).parent
 COMMAND_TIMEOUT_S = 90
+WORKERS = 4  # of pytest-xdist, at most, that have ports of their own
 
 
 def run(
@@ -45,8 +46,13 @@ def run(
 
 
 def free_port_block(count: int) -> int:
-    """Return the first of `count` neighbouring ports that are free now, off the ephemeral range."""
-    for base in range(21000 + os.getpid() % 500 * 20, 32000, 20):
+    """Return the first of `count` neighbouring ports that are free now, off the ephemeral range.
+
+    Workers of pytest-xdist, which look at the same time, do not look at the same ports.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
+    first = 21000 + os.getpid() % 100 * WORKERS * 20
+    for base in range(first + worker * 20, 32000, WORKERS * 20):
         try:
             for port in range(base, base + count):
                 with socket.socket() as probe:
