@@ -1,14 +1,26 @@
-"""Many small files through the library on a real cluster, read back through the mount."""
+"""Many small files on a real cluster, read back through the mount; and on every shared store."""
 
+import asyncio
 import os
 import threading
 import time
 from pathlib import Path
 
+import pytest
+from msgspec.structs import replace
+
 from emberfs.client.blocking import Client
+from emberfs.kv.transactions import Engine
+from emberfs.kv.url import open_engine
+from emberfs.proto import batch_calls as bc
+from emberfs.proto import meta_calls as mc
 from emberfs.proto.ids import KiB
 from emberfs.proto.meta_calls import Caller
+from emberfs.runtime.real import RealEnv
 from integration.harness import LocalCluster
+from kv_faulty import faulty_engine
+from kv_servers import Etcd, Postgres
+from meta_load import WHO, Server
 
 COUNT = 700
 
@@ -75,3 +87,61 @@ def test_c9_meta_is_killed_while_batches_are_made(fresh: LocalCluster) -> None:
         assert None not in client.batch_stat([f"/d/{n}" for n in range(made)])
     assert read_all(mount / "d") == {str(n): b"%d" % n for n in range(made)}
     fresh.fsck()
+
+
+async def batches_on(engine: Engine) -> None:
+    """Full messages at the same time in one directory, some sent twice, some of rivals."""
+    server = Server(engine)
+    server.context.policy = replace(server.context.policy, inline_bytes_max=100)
+    await server.start()
+    paths = [b"/%d" % n for n in range(3 * bc.ITEMS_MAX)]
+
+    def request(client: int, first: int) -> bc.BatchCreateRequest:
+        items = tuple(bc.BatchItem(path, path) for path in paths[first : first + bc.ITEMS_MAX])
+        request = mc.RequestId(client, 1 + first)
+        return bc.BatchCreateRequest(WHO, request, items, 0o644, exclusive=True)
+
+    asked = [request(client, n * bc.ITEMS_MAX) for client in (1, 2) for n in range(3)]
+    began = time.monotonic()
+    answers = await asyncio.gather(
+        *(server.twice(bc.BATCH_CREATE, one) for one in asked[:3]),
+        *(server.call(bc.BATCH_CREATE, one) for one in asked[3:]),
+    )
+    took = time.monotonic() - began
+    codes = [outcome.code for answer in answers for outcome in answer.outcomes]
+    assert (codes.count(bc.DONE), len(codes)) == (len(paths), 2 * len(paths))
+    began = time.monotonic()
+    for first in range(0, len(paths), bc.ITEMS_MAX):
+        looked = bc.BatchStatRequest(WHO, tuple(paths[first : first + bc.ITEMS_MAX]))
+        answer = await server.call(bc.BATCH_STAT, looked)
+        for path, row in zip(looked.paths, answer.rows, strict=True):
+            assert (row.inode.length, row.inode.nlink) == (len(path), 1)
+    stats = time.monotonic() - began
+    print(f"{took:.2f} s, {stats:.2f} s, {engine.conflicts} conflicts, {server.retried} again")
+    census = await server.call(mc.CENSUS, mc.CensusRequest())
+    assert census.inodes == census.counter
+    await server.context.close()
+    await engine.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_batches_on_a_store_that_fails_on_purpose(seed: int) -> None:
+    async def work() -> None:
+        await batches_on(faulty_engine(0.05, seed))
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.parametrize("kind", ["etcd", "postgres"])
+def test_batches_on_a_shared_store(kind: str) -> None:
+    """One transaction of a full message is within what the store takes."""
+    server = Etcd(1) if kind == "etcd" else Postgres()
+    url = f"etcd://{server.hosts}/batch" if isinstance(server, Etcd) else server.url
+
+    async def work() -> None:
+        await batches_on(await open_engine(RealEnv(), url, timeout_ns=20 * 10**9))
+
+    try:
+        asyncio.run(asyncio.wait_for(work(), 90))
+    finally:
+        server.stop()
