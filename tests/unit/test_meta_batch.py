@@ -355,6 +355,29 @@ def test_rival_batches_do_not_pass_a_limit(yielding: None) -> None:
     play_inline(scene)
 
 
+def test_rival_batches_that_are_refused_in_part_do_not_pass_an_outer_limit(yielding: None) -> None:
+    """What is left of each is far from the outer limit, all of them together are not."""
+
+    async def scene(w: World) -> None:
+        d = await w.mkdir(b"d")
+        await set_quota(w, d.id, files_max=500)
+        for name in (b"e", b"f", b"g"):
+            inner = await w.mkdir(name, d.id)
+            await set_quota(w, inner.id, files_max=201)
+        await walked(w)
+        await w.context.ids.take()
+        found = await asyncio.gather(
+            *(
+                create(w, {b"/d/%s/%d" % (x, n): b"" for n in range(250)})
+                for x in (b"e", b"f", b"g")
+            )
+        )
+        assert sum(codes.count(DONE) for codes in found) == 496
+        assert used(w, d.id).files == 500
+
+    play_inline(scene)
+
+
 # ---------------------------------------------------------------- attributes
 
 
