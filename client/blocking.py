@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import uvloop
 
 from emberfs.client.file import DirEntry, File, FileSystem, Memory, Path, connect
+from emberfs.client.oserrors import FileSystemError
 from emberfs.fabric.region import Region
 from emberfs.proto.ids import SECOND
 from emberfs.proto.meta_calls import Caller
@@ -184,6 +185,23 @@ class Client:
     def stat(self, path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
         """As os.stat."""
         return self._run(self._fs.stat(path, follow_symlinks=follow_symlinks))
+
+    def batch_stat(
+        self, paths: Sequence[Path], *, follow_symlinks: bool = True
+    ) -> list[os.stat_result | FileSystemError | None]:
+        """As stat of each path, in few calls: None where nothing is, other errors in place."""
+        return self._run(self._fs.batch_stat(paths, follow_symlinks=follow_symlinks))
+
+    def batch_create(
+        self,
+        items: Sequence[tuple[Path, Memory]],
+        *,
+        exclusive: bool = False,
+        permissions: int = 0o666,
+    ) -> list[FileSystemError | None]:
+        """Make small files, (path, content) each, durably: None for each that is there."""
+        work = self._fs.batch_create(items, exclusive=exclusive, permissions=permissions)
+        return self._run(work)
 
     def exists(self, path: Path) -> bool:
         """True if the path leads to something."""

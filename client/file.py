@@ -8,6 +8,7 @@ Paths are absolute in the cluster. Errors are FileSystemError, an OSError with e
 also the built-in of that errno (FileNotFoundError, ...). Files are binary.
 """
 
+import errno
 import os
 import stat as st
 from collections.abc import AsyncIterator, Sequence
@@ -15,9 +16,10 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Self, TypeAlias
 
 from emberfs.client.administration import Administration
+from emberfs.client.batch import Batches, Manner, NewFile, in_turns
 from emberfs.client.cluster import Cluster
 from emberfs.client.openfile import OpenFile
-from emberfs.client.oserrors import translated
+from emberfs.client.oserrors import FileSystemError, os_error, translated
 from emberfs.fabric.region import Buffer, Region, Slice
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import NAME_BYTES_MAX, Inode
@@ -207,6 +209,7 @@ class FileSystem:
         self._caller = caller
         self._umask = umask
         self.administration = Administration(cluster.metadata, caller)
+        self._batches = Batches(cluster.metadata, caller, umask, self._make_ordinary)
 
     def allocate(self, size_bytes: int) -> Region:
         """Shared memory: reads into slices of it and writes out of them are never copied."""
@@ -283,6 +286,37 @@ class FileSystem:
     async def _inode(self, path: bytes, follow: bool = True) -> Inode:
         return await self._metadata.resolve(self._caller, path, follow=follow)
 
+    async def batch_create(
+        self,
+        items: Sequence[tuple[Path, Memory]],
+        *,
+        exclusive: bool = False,
+        permissions: int = 0o666,
+    ) -> list[FileSystemError | None]:
+        """Make small files, (path, content) each, in few calls; all that is made is durable.
+
+        None for each that is there, else its error, in the order of the items. What exists is
+        replaced, or FileExistsError if `exclusive`. A file that fits beside its inode (8 KiB) is
+        made or replaced with its content in one step, and not half; others are opened, written,
+        synced and closed. Of items with the same path one wins. A TimeoutError leaves open what
+        became of its file.
+        """
+        files = [NewFile(clean(path), buffer_of(content)) for path, content in items]
+        found = await self._batches.create(files, Manner(permissions, exclusive))
+        return [
+            None if one is None else os_error(one, file.path)
+            for one, file in zip(found, files, strict=True)
+        ]
+
+    async def _make_ordinary(self, new: NewFile, manner: Manner) -> None:
+        kind = "x" if manner.exclusive else "w"
+        file = await self._create(new.path, manner.permissions, False, kind, False)
+        try:
+            await file.write(0, new.content)
+            await file.fsync()
+        finally:
+            await file.close()
+
     # ------------------------------------------------------------ attributes
 
     async def stat(self, path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
@@ -291,6 +325,28 @@ class FileSystem:
         with translated(where):
             found = self._files.merged(await self._inode(where, follow_symlinks))
             return stat_of(found, await self._files.stored_bytes(found))
+
+    async def batch_stat(
+        self, paths: Sequence[Path], *, follow_symlinks: bool = True
+    ) -> list[os.stat_result | FileSystemError | None]:
+        """As stat of each path, in few calls: one result for each, in their order.
+
+        None where nothing is (ENOENT, ENOTDIR), the error itself where that cannot be told (EACCES,
+        ELOOP, ...). Raises FileSystemError if the metadata service does not answer.
+        """
+        where = [clean(path) for path in paths]
+        with translated():
+            found = await self._batches.inodes(where, follow=follow_symlinks)
+            merged = [self._files.merged(one) if isinstance(one, Inode) else one for one in found]
+            sparse = [one for one in merged if isinstance(one, Inode) and one.sparse]
+            stored = await in_turns(self._files.stored_bytes, sparse)
+        taken = {inode.id: size for inode, size in zip(sparse, stored, strict=True)}
+        return [
+            stat_of(one, taken.get(one.id))
+            if isinstance(one, Inode)
+            else _unless_missing(one, path)
+            for one, path in zip(merged, where, strict=True)
+        ]
 
     async def exists(self, path: Path) -> bool:
         """True if the path leads to something."""
@@ -514,6 +570,11 @@ class FileSystem:
             inode = await self._inode(old, follow=False)
             parent, name = await self._parent(new)
             await self._metadata.link(self._caller, inode.id, parent.id, name)
+
+
+def _unless_missing(problem: EmberfsError, path: bytes) -> FileSystemError | None:
+    """An error that does not just say that nothing is there."""
+    return None if problem.errno in (errno.ENOENT, errno.ENOTDIR) else os_error(problem, path)
 
 
 def stat_of(inode: Inode, stored_bytes: int | None = None) -> os.stat_result:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from emberfs.fabric.call import Handler, ServerCall
 from emberfs.meta import (
+    batch,
     files,
     mend,
     namespace,
@@ -21,7 +22,7 @@ from emberfs.meta import (
 from emberfs.meta import quota_calls as quotas
 from emberfs.meta.context import Context
 from emberfs.meta.metrics import ERRORS, SECONDS
-from emberfs.proto import meta_calls, quota_calls
+from emberfs.proto import batch_calls, meta_calls, quota_calls
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.method import Method
 
@@ -70,6 +71,8 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(quota_calls.LIST_TRASH, tree_calls.list_trash),
     Binding(quota_calls.RESTORE, tree_calls.restore),
     Binding(quota_calls.EMPTY_TRASH, tree_calls.empty_trash),
+    Binding(batch_calls.BATCH_STAT, batch.stat),
+    Binding(batch_calls.BATCH_CREATE, batch.create),
 )
 
 

@@ -65,7 +65,8 @@ async def answer(txn: Transaction, inode_id: InodeId, limit: int) -> OpenAnswer:
     return OpenAnswer(inode, content, limit)
 
 
-def _store(txn: Transaction, inode: Inode, content: bytes) -> None:
+def store_content(txn: Transaction, inode: Inode, content: bytes) -> None:
+    """Write the content of a file whose length is told apart from it."""
     key = keys.inline_key(inode.id)
     content = content.rstrip(b"\0")
     if content:
@@ -84,15 +85,29 @@ def put(txn: Transaction, versions: Versions, inode: Inode, request: SettleReque
         )
     if length is None or not len(content) <= min(length, INLINE_BYTES_MAX):
         raise EmberfsError(Code.INVALID, f"{len(content)} bytes of content, length {length}")
-    _store(txn, inode, content)
+    store_content(txn, inode, content)
     return replace(inode, length=length, inline_version=versions.after(inode.inline_version))
+
+
+def replaced(txn: Transaction, versions: Versions, inode: Inode, content: bytes) -> Inode:
+    """Write a content in place of all that is there, as if the file had been cut to nothing first.
+
+    Returns the inode with new length and versions, not stored.
+    """
+    store_content(txn, inode, content)
+    return replace(
+        inode,
+        length=len(content),
+        inline_version=versions.after(inode.inline_version),
+        truncate_version=inode.truncate_version + int(inode.length > 0),
+    )
 
 
 async def cut(txn: Transaction, versions: Versions, inode: Inode, length: int) -> Inode:
     """Set the length; what is behind it goes. Returns the inode, shorter or longer, not stored."""
     content = await read_content(txn, inode)
     if length < len(content):
-        _store(txn, inode, content[:length])
+        store_content(txn, inode, content[:length])
     shorter = int(length < inode.length)
     return replace(
         inode,

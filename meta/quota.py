@@ -8,6 +8,7 @@ both just fit cannot both commit.
 """
 
 import stat
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -115,6 +116,35 @@ async def charge_growth(
     await charge(txn, inode.quota, Amount(0, length - inode.length), forced=forced)
 
 
+async def charge_each(
+    txn: Transaction, quota: InodeId, amounts: Sequence[Amount]
+) -> list[EmberfsError | None]:
+    """Let several amounts count, in their order, as far as they fit; QUOTA in place of the others.
+
+    Together they are charged with one look at each counter.
+    """
+    total = Amount(sum(one.files for one in amounts), sum(one.bytes for one in amounts))
+    refused: list[EmberfsError | None] = [None] * len(amounts)
+    if not quota:
+        return refused
+    chain = await chain_of(txn, quota)
+    try:
+        await _add(txn, chain, total, forced=False)
+    except EmberfsError as problem:
+        if problem.code != Code.QUOTA:
+            raise
+    else:
+        return refused
+    for place, amount in enumerate(amounts):
+        try:
+            await _add(txn, chain, amount, forced=False, exact=True)
+        except EmberfsError as problem:
+            if problem.code != Code.QUOTA:
+                raise
+            refused[place] = problem
+    return refused
+
+
 async def move_charge(
     txn: Transaction, old: InodeId, new: InodeId, amount: Amount, *, forced: bool = False
 ) -> None:
@@ -129,16 +159,19 @@ async def move_charge(
     await _add(txn, come, amount, forced=forced)
 
 
-async def _add(txn: Transaction, chain: list[Held], amount: Amount, *, forced: bool) -> None:
+async def _add(
+    txn: Transaction, chain: list[Held], amount: Amount, *, forced: bool, exact: bool = False
+) -> None:
+    """If one of the chain refuses, nothing has been added to any."""
+    for held in () if forced else chain:
+        await _check(txn, held, amount, exact=exact)
     for held in chain:
-        if not forced:
-            await _check(txn, held, amount)
         for kind, count in ((FILES, amount.files), (BYTES, amount.bytes)):
             if count:
                 txn.add(keys.usage_key(held.id, kind), count)
 
 
-async def _check(txn: Transaction, held: Held, amount: Amount) -> None:
+async def _check(txn: Transaction, held: Held, amount: Amount, *, exact: bool) -> None:
     quota = held.quota
     if quota.state == QuotaState.REMOVING:
         return
@@ -150,7 +183,7 @@ async def _check(txn: Transaction, held: Held, amount: Amount) -> None:
             continue
         key = keys.usage_key(held.id, kind)
         used = unpack_counter(await txn.get(key, snapshot=True))
-        if used + more * CHANGES_AT_ONCE > limit:
+        if exact or used + more * CHANGES_AT_ONCE > limit:
             used = unpack_counter(await txn.get(key))
         if used + more > limit:
             raise EmberfsError(

@@ -24,6 +24,7 @@ from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.forgetting import Forgetting
 from emberfs.meta.tenure import Tenure
+from emberfs.proto.batch_calls import BATCH_CREATE
 from emberfs.proto.errors import Code, EmberfsError, Reaction, code_of
 from emberfs.proto.meta_calls import SETTLE, RequestId
 from emberfs.proto.method import Method
@@ -35,7 +36,7 @@ A = TypeVar("A", bound=msgspec.Struct)
 T = TypeVar("T")
 
 # Methods whose answer does not reach the kernel of the client: it hears of them as the others do.
-_TOLD_NOBODY = frozenset({SETTLE.number})
+_TOLD_NOBODY = frozenset({SETTLE.number, BATCH_CREATE.number})
 FRUITLESS_MAX = 65_536  # answers of calls without effect; the oldest go first
 DOUBTS_MAX = 4  # tries of a transaction whose outcome the store does not tell
 

@@ -7,7 +7,7 @@ from emberfs.meta.context import Context
 from emberfs.meta.permission import EXECUTE, check_name
 from emberfs.meta.tree import load_directory, load_entry, load_inode
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.files import Inode
+from emberfs.proto.files import PATH_BYTES_MAX, Inode
 from emberfs.proto.ids import ROOT_INODE
 from emberfs.proto.meta_calls import (
     Caller,
@@ -17,7 +17,6 @@ from emberfs.proto.meta_calls import (
     ResolveRequest,
 )
 
-PATH_BYTES_MAX = 4095
 SYMLINKS_MAX = 40
 
 
@@ -53,7 +52,7 @@ async def resolve(context: Context, request: ResolveRequest) -> ResolveAnswer:
 
 async def walk(txn: Transaction, request: ResolveRequest) -> ResolveAnswer:
     """Walk inside a transaction; see path_resolution(7)."""
-    _check_path(request.path)
+    check_path(request.path)
     caller = request.caller
     names = _split(request.path)
     must_be_directory = request.path.endswith((b"/", b"/.", b"/.."))
@@ -78,7 +77,8 @@ async def walk(txn: Transaction, request: ResolveRequest) -> ResolveAnswer:
     return ResolveAnswer(at, last)
 
 
-def _check_path(path: bytes) -> None:
+def check_path(path: bytes) -> None:
+    """Refuse what cannot be a path: NOT_FOUND if empty, NAME_TOO_LONG."""
     if not path:
         raise EmberfsError(Code.NOT_FOUND, "an empty path")
     if len(path) > PATH_BYTES_MAX:

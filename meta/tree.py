@@ -110,6 +110,11 @@ async def add_inode(txn: Transaction, inode: Inode) -> None:
     """Store a new inode. QUOTA if there is one and it is used up."""
     assert await txn.get(keys.inode_key(inode.id)) is None, "an inode id was given twice"
     await quota.charge(txn, inode.quota, quota.amount_of(inode))
+    count_inode(txn, inode)
+
+
+def count_inode(txn: Transaction, inode: Inode) -> None:
+    """Store a new inode that is charged to its quota already."""
     txn.add(keys.INODE_COUNT_KEY, 1)
     store_inode(txn, inode)
 

@@ -12,6 +12,7 @@ import msgspec
 from emberfs.proto.ids import ChainId, ChunkId, InodeId, KiB, pack_chunk_id
 
 NAME_BYTES_MAX = 255
+PATH_BYTES_MAX = 4095
 SYMLINK_BYTES_MAX = 4095
 XATTR_NAME_BYTES_MAX = 255
 XATTR_VALUE_BYTES_MAX = 65_536

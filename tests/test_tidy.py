@@ -32,6 +32,7 @@ PURE = {
     "proto.errors",
     "proto.cluster",
     "proto.files",
+    "proto.batch_calls",
     "proto.method",
     "proto.rendezvous",
     "proto.storage_calls",

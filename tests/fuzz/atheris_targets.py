@@ -87,7 +87,7 @@ def _targets() -> list[tuple[Callable[[bytes], Any], type[Any] | None]]:
     for value in vars(schema).values():
         if isinstance(value, schema.Codec):
             found.append((value.decode, value.record))
-    for name in ("meta_calls", "storage_calls"):
+    for name in ("meta_calls", "batch_calls", "storage_calls"):
         module = importlib.import_module(f"emberfs.proto.{name}")
         for method in vars(module).values():
             if isinstance(method, Method):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from emberfs.fabric import frame
 from emberfs.fabric.frame import Header, Hello, Kind, Registration
-from emberfs.proto import meta_calls, storage_calls
+from emberfs.proto import batch_calls, meta_calls, storage_calls
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.method import Method
 from fuzz.profile import budget
@@ -82,7 +82,7 @@ def test_o23_any_header_is_bounded_or_refused(raw: bytes) -> None:
 
 METHODS = [
     method
-    for module in (meta_calls, storage_calls)
+    for module in (meta_calls, batch_calls, storage_calls)
     for method in vars(module).values()
     if isinstance(method, Method)
 ]

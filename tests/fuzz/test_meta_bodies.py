@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberfs.meta.dispatch import BINDINGS, Binding, handlers
-from emberfs.proto import meta_calls, quota_calls
+from emberfs.proto import batch_calls, meta_calls, quota_calls
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ROOT_INODE
 from emberfs.proto.method import Method
@@ -18,6 +18,7 @@ from unit.meta_world import World, play
 # What a server may blame on itself or on its world; nothing of it is a caller's doing.
 NEVER = {Code.INTERNAL, Code.DISK, Code.MAYBE_COMMITTED}
 REFUSALS = {Code.INVALID, Code.NAME_TOO_LONG, Code.EXISTS, Code.NOT_FOUND}
+PATHS = NAMES | st.sampled_from((b"/d/x", b"/d/y", b"/a", b"/l", b"/d/", b"/a/x", b"/d/../z", b"/"))
 SMALL_INODES = st.sampled_from((1, 1024, 1025, 1026, 1027, 4096))
 
 
@@ -39,6 +40,8 @@ def near_misses(struct: type[Any]) -> st.SearchStrategy[bytes]:
         "new_name": NAMES,
         "session": st.sampled_from((0, 1, 2)),
         "caller": st.sampled_from((meta_calls.Caller(0, 0), meta_calls.Caller(1000, 1000, (50,)))),
+        "paths": st.lists(PATHS, max_size=6).map(tuple),
+        "items": st.lists(st.builds(batch_calls.BatchItem, PATHS, NAMES), max_size=6).map(tuple),
         "request": st.builds(meta_calls.RequestId, st.just(77), st.integers(10_000, 10_003)),
     }
     names = struct.__struct_fields__
@@ -82,7 +85,8 @@ async def submit(world: World, binding: Binding, body: bytes) -> None:
 
 
 def test_every_method_is_bound() -> None:
-    named = [*vars(meta_calls).values(), *vars(quota_calls).values()]
+    modules = (meta_calls, quota_calls, batch_calls)
+    named = [value for module in modules for value in vars(module).values()]
     methods = {m.number for m in named if isinstance(m, Method)}
     assert methods == {binding.method.number for binding in BINDINGS}
 

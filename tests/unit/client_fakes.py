@@ -17,6 +17,7 @@ from emberfs.client.metadata import Metadata
 from emberfs.client.openfile import OpenFiles
 from emberfs.fabric.pool import PeerPool
 from emberfs.fabric.server import Server
+from emberfs.proto import batch_calls as bc
 from emberfs.proto import meta_calls as mc
 from emberfs.proto import storage_calls as sc
 from emberfs.proto.cluster import (
@@ -278,6 +279,8 @@ class FakeMeta(FakeNode):
             mc.STABLE: lambda r: mc.Nothing(),
             mc.CONTENT: lambda r: self.opened(self.get(r.inode)),
             mc.PROMOTE: self.promote,
+            bc.BATCH_STAT: self.batch_stat,
+            bc.BATCH_CREATE: self.batch_create,
         }
         self.handlers = {m.number: self._typed(m, f) for m, f in methods.items()}
 
@@ -377,6 +380,30 @@ class FakeMeta(FakeNode):
             inode = self.cut(number, 0) if r.truncate else self.get(number)
         self.sessions[inode.id, r.session] += 1
         return self.opened(inode)
+
+    def batch_stat(self, r):
+        def row(path):
+            try:
+                return bc.StatRow(self.resolve(mc.ResolveRequest(r.caller, path, r.follow)).inode)
+            except EmberfsError as problem:
+                return bc.StatRow(None, bc.outcome_of(problem))
+
+        return bc.BatchStatAnswer(tuple(map(row, r.paths)))
+
+    def batch_create(self, r):
+        def make(item):
+            if len(item.content) > self.inline_bytes_max:
+                return bc.Outcome(bc.ORDINARY)
+            try:
+                at = self.resolve(mc.ResolveRequest(r.caller, item.path, parent=True))
+                inode = self.add(at.inode.id, at.name, stat.S_IFREG | r.mode & ~r.umask)
+            except EmberfsError as problem:
+                return bc.outcome_of(problem)
+            self.contents[inode.id] = item.content
+            self.change(inode.id, length=len(item.content))
+            return bc.Outcome()
+
+        return bc.BatchCreateAnswer(tuple(map(make, r.items)))
 
     def opened(self, inode):
         content = self.contents.get(inode.id, b"") if inode.inline else None

@@ -8,11 +8,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from emberfs.meta import batch
 from emberfs.meta.schema import QuotaState
+from emberfs.proto import batch_calls
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode
 from emberfs.proto.ids import ROOT_INODE
-from unit.meta_world import World
+from unit.meta_world import ROOT, World
 from unit.quota_world import check_counters, check_tree, listed, remove_quota, set_quota, walked
 
 DIRECTORIES = ("", "/a", "/b", "/a/c", "/a/c/d", "/b/c")
@@ -35,10 +37,12 @@ ANSWERS = {
 class QuotaMachine(RuleBasedStateMachine):
     """Names, lengths, open files, quotas and restarts at random."""
 
+    inline_bytes_max = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.world = World()
+        self.world = World(inline_bytes_max=self.inline_bytes_max)
         self.sessions: dict[int, int] = {}  # session -> inode
         self.run(self.world.open())
 
@@ -76,6 +80,20 @@ class QuotaMachine(RuleBasedStateMachine):
             await (self.world.mkdir(name, place) if directory else self.world.file(name, place))
 
         self.attempt(work())
+
+    @rule(
+        files=st.lists(st.tuples(PATHS, st.integers(0, 120)), max_size=5), exclusive=st.booleans()
+    )
+    def make_many(self, files: list[tuple[tuple[str, str], int]], exclusive: bool) -> None:
+        items = tuple(
+            batch_calls.BatchItem("/".join(path).encode(), bytes(length)) for path, length in files
+        )
+        request = batch_calls.BatchCreateRequest(
+            ROOT, self.world.rid(), items, 0o644, exclusive=exclusive
+        )
+        answer = self.run(batch.create(self.world.context, request))
+        allowed = {batch_calls.DONE, batch_calls.ORDINARY, *ANSWERS}
+        assert {outcome.code for outcome in answer.outcomes} <= allowed
 
     @rule(path=PATHS, truncate=st.booleans())
     def open(self, path: tuple[str, str], truncate: bool) -> None:
@@ -194,6 +212,16 @@ QuotaMachine.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestQuotas = QuotaMachine.TestCase
+
+
+class SmallFilesMachine(QuotaMachine):
+    """The same with files beside their inodes, which batches make."""
+
+    inline_bytes_max = 100
+
+
+SmallFilesMachine.TestCase.settings = QuotaMachine.TestCase.settings
+TestQuotasOfSmallFiles = SmallFilesMachine.TestCase
 
 
 def test_limits_hold_for_many_at_once() -> None:

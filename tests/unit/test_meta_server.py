@@ -11,8 +11,8 @@ from emberfs.fabric.pool import PeerPool
 from emberfs.fabric.server import Server
 from emberfs.meta.dispatch import BINDINGS, handlers
 from emberfs.meta.server import MetaConfig, MetaService, check_config
+from emberfs.proto import batch_calls, quota_calls
 from emberfs.proto import meta_calls as calls
-from emberfs.proto import quota_calls
 from emberfs.proto.cluster import EMPTY_ROUTING, Node, NodeKind
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ROOT_INODE, SECOND, NodeId, SessionId
@@ -22,7 +22,8 @@ from unit.meta_world import CLIENT, ROOT, World, play
 
 
 def test_every_method_has_a_handler() -> None:
-    named = [*vars(calls).values(), *vars(quota_calls).values()]
+    modules = (calls, quota_calls, batch_calls)
+    named = [value for module in modules for value in vars(module).values()]
     methods = {m for m in named if isinstance(m, Method)}
     assert {binding.method for binding in BINDINGS} == methods
     assert len({m.number for m in methods}) == len(methods) == len(BINDINGS)
