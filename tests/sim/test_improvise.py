@@ -12,8 +12,6 @@ NOTICED = (
     "acknowledged_before_successor",
     "commit_before_forward",
     "failed_forward_is_taken_back",
-    "flush_is_acknowledged_unsynced",
-    "old_data_is_trusted",
     "pending_version_is_answered",
     "successor_is_left_out",
 )

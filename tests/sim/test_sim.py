@@ -15,7 +15,7 @@ from sim.scenario import quiet_burial
 
 TESTS = Path(__file__).resolve().parent.parent
 SEEDS = 200
-SECONDS = 8.0  # of faults in each
+SECONDS = 6.0  # of faults in each
 SLICES = 8
 FILE_SEEDS = 88  # of names and files: eleven of each mood
 FILE_SLICES = 4
