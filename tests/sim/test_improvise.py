@@ -6,7 +6,7 @@ from sim.improvise import THEMES, improvise
 from sim.mutations import load
 from sim.violation import report
 
-SEEDS = 12
+SEEDS = 8
 # What the first scripts notice; every other mutation has its situation.
 NOTICED = (
     "acknowledged_before_successor",

@@ -142,13 +142,13 @@ QUICK: tuple[Patch, ...] = (
     _sticky_is_ignored,
     _set_group_directory_is_ignored,
     _directories_move_below_themselves,
-    _directories_replace_full_ones,
-    _subdirectories_are_not_counted,
     _search_right_is_not_needed,
-    _times_are_for_everybody,
     _replies_are_forgotten,
 )
 LONG: tuple[Patch, ...] = (
+    _directories_replace_full_ones,
+    _subdirectories_are_not_counted,
+    _times_are_for_everybody,
     _supplementary_groups_are_ignored,
     _owner_gets_what_others_get,
     _set_id_stays_on_chown,
