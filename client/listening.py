@@ -8,11 +8,11 @@ allows. Otherwise, or when changes were missed, whoever listens must forget ever
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
-from emberfs.proto.cluster import Node, NodeKind, RoutingSnapshot
+from emberfs.proto.cluster import NodeKind, RoutingSnapshot
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import MS, SECOND, NodeId
 from emberfs.proto.meta_calls import LISTEN, Change, ListenAnswer, ListenRequest
@@ -63,7 +63,6 @@ class Listening:
         self._asking: dict[tuple[NodeId, int], asyncio.Task[None]] = {}
         self._current = False
         self._tasks = TaskSet()
-        self._end: Callable[[], object] = lambda: None
 
     def start(self, listener: Listener) -> None:
         """Begin to listen; `listener` is told on the event loop."""
@@ -90,12 +89,13 @@ class Listening:
         """Ask every server that lives; one that has begun a new life is another one."""
         if self._listener is None:
             return
-        living = {(node.id, node.incarnation): node for node in _servers(snapshot)}
-        for key in set(self._asking) - set(living):
+        nodes = snapshot.nodes_of(NodeKind.META)
+        living = {(node.id, node.incarnation) for node in nodes if node.alive}
+        for key in set(self._asking) - living:
             self._asking.pop(key).cancel()
             self._asked_ns.pop(key, None)
             self._lose("a metadata server is gone")  # and with it what it had not told yet
-        for key in set(living) - set(self._asking):
+        for key in living - set(self._asking):
             name = f"listening to node {key[0]}"
             self._asking[key] = self._tasks.spawn(self._ask(key), name=name)
             self._lose("a metadata server is new")
@@ -146,7 +146,3 @@ class Listening:
         self._current = False
         if self._listener is not None:
             self._listener.lost()
-
-
-def _servers(snapshot: RoutingSnapshot) -> list[Node]:
-    return [node for node in snapshot.nodes_of(NodeKind.META) if node.alive]

@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeVar
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.kv.transactions import Engine
-from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND
 from emberfs.proto.meta_calls import Change, ListenAnswer, ListenRequest
 from emberfs.runtime.env import Env
@@ -128,9 +127,10 @@ class Announced:
 
         try:
             result = await self._engine.run(kept, durable=durable)
-        except EmberfsError as problem:
-            # It may have taken effect, and if only the sync has failed it has.
-            if last is not None and problem.code in (Code.MAYBE_COMMITTED, Code.DISK):
+        except BaseException:
+            # It may have taken effect: its answer was lost, its sync has failed, or its caller was
+            # cancelled while it waited for that. A change that was none does no harm.
+            if last is not None:
                 self._note(last.written_keys, 0)
             raise
         if last is not None and last.written_keys:

@@ -36,6 +36,10 @@ class Binding(NamedTuple):
     handle: Callable[[Context, Any], Awaitable[Any]]
 
 
+async def _listen(context: Context, request: meta_calls.ListenRequest) -> meta_calls.ListenAnswer:
+    return await context.announcer.listen(request)
+
+
 BINDINGS: tuple[Binding, ...] = (
     Binding(meta_calls.LOOKUP, resolve.lookup),
     Binding(meta_calls.RESOLVE, resolve.resolve),
@@ -54,7 +58,7 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(meta_calls.SET_XATTR, xattr.set_xattr),
     Binding(meta_calls.STATFS, space.statfs),
     Binding(meta_calls.STABLE, space.stable),
-    Binding(meta_calls.LISTEN, space.listen),
+    Binding(meta_calls.LISTEN, _listen),
     Binding(meta_calls.SCAN_RECORDS, records.scan),
     Binding(meta_calls.FETCH_RECORDS, records.fetch),
     Binding(meta_calls.CENSUS, records.census),

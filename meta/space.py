@@ -11,8 +11,6 @@ from emberfs.meta.tree import find_inode
 from emberfs.proto.cluster import Chain, RoutingSnapshot
 from emberfs.proto.ids import InodeId
 from emberfs.proto.meta_calls import (
-    ListenAnswer,
-    ListenRequest,
     Nothing,
     StableRequest,
     StatfsAnswer,
@@ -79,11 +77,6 @@ def chain_space(snapshot: RoutingSnapshot, chain: Chain) -> tuple[int, int]:
     total = min(report.capacity_bytes for report in reports)
     free = min(max(0, report.capacity_bytes - report.used_bytes) for report in reports)
     return total, min(total, free)
-
-
-async def listen(context: Context, request: ListenRequest) -> ListenAnswer:
-    """Wait for changes of names and attributes; see announce.py."""
-    return await context.announcer.listen(request)
 
 
 async def stable(context: Context, request: StableRequest) -> Nothing:

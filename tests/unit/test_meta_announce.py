@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from emberfs.meta import announce, files, space
+from emberfs.meta import announce, files
 from emberfs.meta.announce import Announced, Announcer
 from emberfs.proto import meta_calls as calls
 from emberfs.proto.errors import Code, EmberfsError
@@ -26,7 +26,7 @@ class Ear:
 
     async def listen(self, hold_ns: int = 0) -> calls.ListenAnswer:
         request = calls.ListenRequest(self.client, self.life, self.after, hold_ns)
-        answer = await space.listen(self.world.context, request)
+        answer = await self.world.context.announcer.listen(request)
         self.life, self.after = answer.life, answer.last
         return answer
 
@@ -155,3 +155,30 @@ def test_a_commit_of_unknown_outcome_is_announced() -> None:
         assert (await announcer.listen(request)).changes == (Change(ROOT_INODE, b"a"),)
 
     asyncio.run(run())
+
+
+def test_a_commit_whose_caller_is_cancelled_is_announced() -> None:
+    """The connection of a writer breaks while its settlement waits for stable storage."""
+
+    async def work(world: World) -> None:
+        ear = Ear(world)
+        await ear.listen()
+        made = await world.create(b"a")
+        await ear.changes()
+        syncs = asyncio.Event()
+
+        async def forever() -> None:
+            syncs.set()
+            await asyncio.Event().wait()
+
+        local = world.engine._engine  # type: ignore[attr-defined]
+        local.sync, whole = forever, local.sync
+        request = calls.SettleRequest(world.rid(), made.id, 1, length=5, durable=True)  # type: ignore[arg-type]
+        settling = asyncio.ensure_future(files.settle(world.context, request))
+        await syncs.wait()
+        settling.cancel()
+        await asyncio.gather(settling, return_exceptions=True)
+        local.sync = whole
+        assert Change(made.id) in await ear.changes()
+
+    story(work)
