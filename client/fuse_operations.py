@@ -92,6 +92,8 @@ class EmberOperations(pyfuse3.Operations):
             Timeouts(policy.attr_timeout_s, policy.announced_timeout_s),
             Timeouts(policy.entry_timeout_s, policy.announced_timeout_s),
         )
+        # Nobody tells us of our own changes, and the kernel takes a failed request for undone.
+        self.requests.on_doubt = self.cache.lost
         self._open: HandleTable[FileHandle] = HandleTable()
         self._listing: HandleTable[DirectoryHandle] = HandleTable()
 

@@ -39,6 +39,7 @@ class Requests:
         self.metrics = metrics
         self.timeout_ns = timeout_ns
         self.running: dict[asyncio.Task[Any], int] = {}  # task -> when it began
+        self.on_doubt: Callable[[], object] = lambda: None  # a failed request may have had effect
         self._expired: set[asyncio.Task[Any]] = set()
 
     async def sweep(self) -> None:
@@ -83,11 +84,14 @@ class Requests:
         if isinstance(problem, EmberfsError):
             level = logging.DEBUG if problem.reaction == Reaction.GIVE_UP else logging.WARNING
             log.log(level, "%s: %s", operation, problem)
+            if problem.reaction != Reaction.GIVE_UP:
+                self.on_doubt()
             return problem.errno
         if isinstance(problem, asyncio.CancelledError):
             seconds = self.timeout_ns / SECOND
             log.warning("%s: given up after %.0f s (request_timeout_s)", operation, seconds)
             self.metrics.timeouts += 1
+            self.on_doubt()
             return errno.ETIMEDOUT
         log.error("%s: internal error", operation, exc_info=problem)
         return errno.EIO

@@ -124,6 +124,29 @@ def test_deadline_gives_etimedout_and_the_worker_lives() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("code", [Code.TIMEOUT, Code.EXISTS])
+def test_names_are_asked_for_anew_after_a_request_that_may_have_had_effect(
+    code, monkeypatch
+) -> None:
+    """Told that there is no such name, then a mkdir that timed out: the directory may be there."""
+    dropped = []
+    monkeypatch.setattr(
+        pyfuse3, "invalidate_entry_async", lambda parent, name, **_: dropped.append((parent, name))
+    )
+
+    async def work():
+        world = World()
+        world.operations.cache.is_current = lambda: True
+        entry = await world.operations.lookup(ROOT, b"d", CALLER)
+        assert entry.st_ino == 0
+        world.metadata.faults["mknod"] = EmberfsError(code, "told")
+        with pytest.raises(pyfuse3.FUSEError):
+            await world.operations.mkdir(ROOT, b"d", 0o755, CALLER)
+        assert dropped == ([(ROOT, b"d")] if code == Code.TIMEOUT else [])
+
+    run(work())
+
+
 def test_cancellation_from_outside_stays_a_cancellation() -> None:
     async def work():
         world = World()
