@@ -46,8 +46,12 @@ class Context:
         is_fresh: Callable[[], bool] = lambda: True,
         tenure: Tenure | None = None,
         chunks_of: Callable[[Owner], Chunks] | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
-        """`is_fresh`: see Clients; `tenure`, `chunks_of`: if other servers use the store, too."""
+        """`is_fresh`: see Clients; `tenure`, `chunks_of`: if other servers use the store, too.
+
+        `announcer`: of what `engine` commits.
+        """
         self.env = env
         self.engine = engine
         self.routing = routing
@@ -61,7 +65,7 @@ class Context:
         self.clients = Clients(routing, is_fresh)
         self.trims = Trims(env, engine, self.tenure, chunks_of or (lambda owner: chunks))
         self.collector = Collector(env, engine, chunks, self.trims, self.tenure)
-        self.announcer = Announcer(env)  # that of the engine's commits, set by who opened it
+        self.announcer = announcer or Announcer(env)
         self.overdue: Callable[[], list[int]] = list  # clients; set by who sweeps sessions
         self.quota_walks = QuotaWalks(env, engine)
         self.removed_trees = RemovedTrees(env, engine, self.collector)

@@ -184,8 +184,8 @@ class MetaService:
             lambda: self._routing_is_fresh(cluster),
             tenure,
             guard.of,
+            announcer,
         )
-        context.announcer = announcer
         self._context = context
         await context.load()
         cluster.routing.subscribe(lambda snapshot: context.clients.look())
