@@ -174,8 +174,8 @@ def test_a_full_etcd_is_no_space() -> None:
         engine = await open_engine(RealEnv(), f"etcd://{cluster.hosts}/x", timeout_ns=10**10)
 
         async def many() -> None:
-            for i in range(40):
-                await put(engine, **{f"k{i}": bytes(300_000)})
+            for i in range(400):  # etcd judges by the size after its last batch
+                await put(engine, **{f"k{i % 100}": bytes(300_000)})
 
         with pytest.raises(EmberfsError) as raised:
             await many()
