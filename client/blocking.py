@@ -91,6 +91,11 @@ class BlockingFile:
         """Fill the caller's memory from `offset`; returns the byte count. No copy in between."""
         return self._run(self._file.pread(memory, offset))
 
+    @property
+    def file(self) -> File:
+        """The file of the event loop."""
+        return self._file
+
     def write(self, data: Memory) -> int:
         """Write all at the position, or at the end in mode "a"."""
         return self._run(self._file.write(data))
@@ -202,6 +207,20 @@ class Client:
         """Make small files, (path, content) each, durably: None for each that is there."""
         work = self._fs.batch_create(items, exclusive=exclusive, permissions=permissions)
         return self._run(work)
+
+    def read_many(
+        self, wanted: Sequence[tuple[BlockingFile, int, Memory]]
+    ) -> list[int | FileSystemError]:
+        """Fill many pieces of memory, (file, offset, memory) each: bytes or the error of each."""
+        items = [(file.file, offset, memory) for file, offset, memory in wanted]
+        return self._run(self._fs.read_many(items))
+
+    def write_many(
+        self, wanted: Sequence[tuple[BlockingFile, int, Memory]]
+    ) -> list[int | FileSystemError]:
+        """Write many pieces of memory, (file, offset, memory) each, past the buffers."""
+        items = [(file.file, offset, memory) for file, offset, memory in wanted]
+        return self._run(self._fs.write_many(items))
 
     def exists(self, path: Path) -> bool:
         """True if the path leads to something."""

@@ -42,6 +42,7 @@ class FileServices:
     tasks: TaskSet
     durable_close: bool
     before_read: Callable[[InodeId], Awaitable[None]]  # see fence.py
+    is_open_at_meta: Callable[[InodeId], bool]  # before_read would return at once
     forget: Callable[["OpenFile"], None]  # called when a description has ended
 
 
@@ -86,6 +87,18 @@ class OpenFile:
 
     # ------------------------------------------------------------ reading
 
+    def reads_plainly(self) -> bool:
+        """Tell whether storage alone can answer a read, now, below the length known here."""
+        state = self._state
+        return (
+            self.readable
+            and not self.closed
+            and state.small is None
+            and state.gone is None
+            and not state.buffer
+            and self._services.is_open_at_meta(self.inode_id)
+        )
+
     async def read(self, offset: int, length: int, *, direct: bool = False) -> memoryview:
         """Bytes from `offset`; short only at the end of the file, empty at or beyond it.
 
@@ -102,7 +115,7 @@ class OpenFile:
             found = await self._from_memory(offset, length, direct=direct)
             if found is None:
                 found = await self._fetch(offset, length)
-            await self._check_there()
+            await self.check_there()
             return found
 
     def _from_inline(self, small: SmallFile, offset: int, length: int) -> memoryview:
@@ -147,10 +160,10 @@ class OpenFile:
             else:
                 part = part_of(sink, 0, length)
                 await self._services.chunkio.read(self.inode_id, self._state.layout, offset, part)
-            await self._check_there()
+            await self.check_there()
             return length
 
-    async def _check_there(self) -> None:
+    async def check_there(self) -> None:
         """Raise STALE if the file has been collected: its chunks would read as zeros.
 
         Before a read, and again when it has ended: it may have waited for very long.
@@ -166,7 +179,7 @@ class OpenFile:
         if offset < 0:
             raise EmberfsError(Code.INVALID, f"offset {offset} is negative")
         state = self._state
-        await self._check_there()
+        await self.check_there()
         await state.look(0 if direct else LENGTH_AGE_NS)
         if offset + length > state.length and length > 0:
             now_ns = self._services.env.now_ns()

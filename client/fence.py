@@ -64,11 +64,17 @@ class Fence:
         """A file has no descriptions any more."""
         self._seen.pop(inode, None)
 
+    def is_current(self, inode: InodeId) -> bool:
+        """Tell whether the file is known to be open at meta."""
+        now = self._now()
+        if self._seen.get(inode, now) != now:
+            return False
+        return self._membership is None or self._membership.is_member()
+
     async def before_read(self, inode: InodeId) -> None:
         """Return when the file is known to be open at meta; STALE if it is gone."""
         now = self._now()
-        seen = self._seen.get(inode, now)
-        if seen == now and (self._membership is None or self._membership.is_member()):
+        if self.is_current(inode):
             return
         await self._reopen(inode)
         if inode in self._seen:

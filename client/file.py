@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 from emberfs.client.administration import Administration
 from emberfs.client.batch import Batches, Manner, NewFile, in_turns
 from emberfs.client.cluster import Cluster
+from emberfs.client.manyio import Range, Result, read_many, write_many
 from emberfs.client.openfile import OpenFile
 from emberfs.client.oserrors import FileSystemError, os_error, translated
 from emberfs.fabric.region import Buffer, Region, Slice
@@ -112,6 +113,10 @@ class File:
         """Fill the caller's memory from `offset`; returns the byte count. No copy in between."""
         with translated(self._path):
             return await self._file.read_into(offset, buffer_of(memory))
+
+    def range(self, offset: int, memory: Memory) -> Range:
+        """Name bytes of the file from `offset` on, and the memory for them: see read_many."""
+        return Range(self._file, offset, buffer_of(memory))
 
     async def write(self, data: Memory) -> int:
         """Write all at the position, or at the end of the file in mode "a"."""
@@ -316,6 +321,28 @@ class FileSystem:
             await file.fsync()
         finally:
             await file.close()
+
+    async def read_many(
+        self, wanted: Sequence[tuple[File, int, Memory]]
+    ) -> list[int | FileSystemError]:
+        """Fill many pieces of memory, (file, offset in it, memory) each, in few calls.
+
+        One result for each, in their order: its bytes, short at the end of the file, or its error.
+        A call of hundreds costs little more than one; Slices are filled without a copy.
+        """
+        ranges = [file.range(offset, memory) for file, offset, memory in wanted]
+        return _told(wanted, await read_many(self.cluster.chunkio, ranges))
+
+    async def write_many(
+        self, wanted: Sequence[tuple[File, int, Memory]]
+    ) -> list[int | FileSystemError]:
+        """Write many pieces of memory, (file, offset in it, memory) each, at once.
+
+        One result for each, in their order. Nothing is buffered: every chain has committed what is
+        written, and fsync or close makes it stable. Pieces that overlap go in any order.
+        """
+        ranges = [file.range(offset, memory) for file, offset, memory in wanted]
+        return _told(wanted, await write_many(ranges))
 
     # ------------------------------------------------------------ attributes
 
@@ -601,6 +628,15 @@ def process_umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def _told(
+    wanted: Sequence[tuple[File, int, Memory]], results: Sequence[Result]
+) -> list[int | FileSystemError]:
+    return [
+        result if isinstance(result, int) else os_error(result, os.fsencode(file.name))
+        for result, (file, _, _) in zip(results, wanted, strict=True)
+    ]
 
 
 @asynccontextmanager

@@ -95,6 +95,7 @@ class OpenFiles:
             self._tasks,
             durable_close,
             self._fence.before_read,
+            self._fence.is_current,
             self._forget,
         )
         self._ticking = False

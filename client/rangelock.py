@@ -46,6 +46,14 @@ class RangeLock:
         """Hold [start, stop) for the body of an `async with`."""
         return _Hold(self, start, stop, exclusive)
 
+    def try_hold(self, start: int, stop: int) -> _Hold | None:
+        """Hold [start, stop), shared, until `give`; None where that would have to wait."""
+        mine = _Hold(self, start, stop, exclusive=False)
+        if not self._free(mine, len(self._waiting)):
+            return None
+        self._held.append(mine)
+        return mine
+
     async def take(self, mine: _Hold) -> None:
         """Wait until a range is held."""
         if self._free(mine, len(self._waiting)):

@@ -1,0 +1,152 @@
+"""Reads and writes of many ranges of open files at once: one call per storage service and batch.
+
+Each range has a result of its own: the bytes, or why not. The promises are those of one read or
+write (description.py). Ranges that storage alone can answer share their calls; what this client
+holds itself, whose length meta must tell, or where a writer is at work, takes the common way.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import NamedTuple, TypeAlias
+
+from emberfs.client.chunkio import ChunkIO, ReadRequest
+from emberfs.client.chunkread import part_of
+from emberfs.client.description import OpenFile
+from emberfs.client.filestate import FileState
+from emberfs.fabric.region import Buffer, length_of
+from emberfs.proto.errors import EmberfsError
+
+Result: TypeAlias = int | EmberfsError  # bytes, short at the end of the file; or why not
+
+IN_FLIGHT_MAX = 64  # single reads or writes of one call at a time
+
+
+class Range(NamedTuple):
+    """Bytes of an open file, and the memory that they go to or come from."""
+
+    file: OpenFile
+    offset: int  # bytes in the file
+    memory: Buffer
+
+
+async def read_many(chunkio: ChunkIO, ranges: Sequence[Range]) -> list[Result]:
+    """Fill the memory of every range; results in their order. Never raises EmberfsError."""
+    results: list[Result] = [0] * len(ranges)
+    plain, others = _plain(ranges)
+    singly = [_read_one(ranges, place, results) for place in others]
+    if plain:
+        singly.append(_read_together(chunkio, ranges, plain, results))
+    if len(singly) == 1:
+        await singly[0]
+    elif singly:
+        await _in_turns(singly)
+    return results
+
+
+async def write_many(ranges: Sequence[Range]) -> list[Result]:
+    """Write the memory of every range, past the buffers: done means committed by every chain.
+
+    Ranges of one call that overlap are written in any order.
+    """
+    results: list[Result] = [0] * len(ranges)
+    await _in_turns([_write_one(ranges, place, results) for place in range(len(ranges))])
+    return results
+
+
+async def _in_turns(works: Sequence[Awaitable[None]]) -> None:
+    turn = asyncio.Semaphore(IN_FLIGHT_MAX)
+
+    async def take(work: Awaitable[None]) -> None:
+        async with turn:
+            await work
+
+    await asyncio.gather(*map(take, works))
+
+
+def _plain(ranges: Sequence[Range]) -> tuple[list[int], list[int]]:
+    """Places of the ranges that storage alone can answer, and of the others."""
+    plain: list[int] = []
+    others: list[int] = []
+    ends: dict[OpenFile, int] = {}  # how far a file can be read without a question
+    for place, (file, offset, memory) in enumerate(ranges):
+        end = ends.get(file)
+        if end is None:
+            end = ends[file] = file.state.length if file.reads_plainly() else -1
+        if 0 <= offset and offset + length_of(memory) <= end and length_of(memory):
+            plain.append(place)
+        else:
+            others.append(place)
+    return plain, others
+
+
+async def _read_one(ranges: Sequence[Range], place: int, results: list[Result]) -> None:
+    file, offset, memory = ranges[place]
+    try:
+        results[place] = await file.read_into(offset, memory)
+    except EmberfsError as problem:
+        results[place] = problem
+
+
+async def _write_one(ranges: Sequence[Range], place: int, results: list[Result]) -> None:
+    file, offset, memory = ranges[place]
+    try:
+        results[place] = await file.write(offset, memory, direct=True)
+    except EmberfsError as problem:
+        results[place] = problem
+
+
+async def _read_together(
+    chunkio: ChunkIO, ranges: Sequence[Range], places: Sequence[int], results: list[Result]
+) -> None:
+    """Read what has no writer in the way in common calls, the rest one by one.
+
+    Nothing has been awaited since the ranges were found plain.
+    """
+    held = _Held(ranges, places)
+    requests: list[ReadRequest] = []
+    for place in held.places:
+        file, offset, memory = ranges[place]
+        requests.append((file.inode_id, file.state.layout, offset, memory))
+    left = held.busy
+    try:
+        if requests:
+            await chunkio.read_many(requests)
+            await _still_there(ranges, held.places)
+            for place in held.places:
+                results[place] = length_of(ranges[place].memory)
+    except EmberfsError:
+        left = list(places)  # one of them failed: each is to tell for itself
+    finally:
+        held.give()
+    if left:
+        await _in_turns([_read_one(ranges, place, results) for place in left])
+
+
+async def _still_there(ranges: Sequence[Range], places: Sequence[int]) -> None:
+    """Raise STALE if a file has been collected meanwhile: its chunks read as zeros."""
+    for file in {ranges[place].file for place in places}:
+        await file.check_there()
+
+
+class _Held:
+    """Shared locks, one per file from the first range to the last, where they are free at once."""
+
+    def __init__(self, ranges: Sequence[Range], places: Sequence[int]) -> None:
+        spans: dict[FileState, tuple[int, int]] = {}
+        for place in places:
+            file, offset, memory = ranges[place]
+            stop = offset + length_of(memory)
+            start, end = spans.get(file.state, (offset, stop))
+            spans[file.state] = (min(start, offset), max(end, stop))
+        self._holds = {
+            state: hold
+            for state, (start, stop) in spans.items()
+            if (hold := state.lock.try_hold(start, stop)) is not None
+        }
+        self.places = [place for place in places if ranges[place].file.state in self._holds]
+        self.busy = [place for place in places if ranges[place].file.state not in self._holds]
+
+    def give(self) -> None:
+        """End them."""
+        for state, hold in self._holds.items():
+            state.lock.give(hold)
