@@ -3,7 +3,7 @@ VENV  ?= .venv
 MOUNT ?= mnt
 BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
-INPUTS := pyproject.toml runtime/_native.c client/_statfs.c deploy/install.sh
+INPUTS := pyproject.toml $(wildcard runtime/*.c client/*.c client/native/*.c) deploy/install.sh
 
 .PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
 

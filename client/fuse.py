@@ -18,6 +18,8 @@ from emberfs.client.fuse_metrics import FuseMetrics
 from emberfs.client.fuse_operations import CachePolicy, EmberOperations
 from emberfs.client.kernelcache import KernelCache
 from emberfs.client.metadata import Metadata
+from emberfs.client.native.performer import Performer
+from emberfs.client.native.service import RingService, socket_directory
 from emberfs.client.openfile import OpenFiles
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND, MiB
@@ -52,6 +54,7 @@ class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     writeback: bool = False  # the kernel gathers small writes; other clients see them later
     allow_other: bool = True  # other users may enter the mount; only where root mounts
     acl: bool = True  # POSIX ACLs; only where root mounts
+    rings: str = "auto"  # the socket of the native API; "" for none; auto: see native/service.py
     metrics_port: int = 0
     log_level: str = "INFO"
 
@@ -129,6 +132,7 @@ class FuseService:
         self._metrics = FuseMetrics()
         self._cluster: Cluster | None = None
         self._mount: Mount | None = None
+        self._rings: RingService | None = None
 
     async def start(self) -> None:
         """Check the mount point, connect, mount."""
@@ -136,13 +140,37 @@ class FuseService:
         place = await self._env.run_blocking(lambda: mountpoint.prepare(config.mountpoint))
         self._cluster = await self._connect()
         operations = self._operations(self._cluster.metadata, self._cluster.files)
+        socket = self._socket()
+        if socket:
+            operations.virtual.add(b"ring", os.fsencode(socket))
         self._mount = Mount(self._env, operations, place)
         await self._mount.start(mount_options(config), config.read_ahead_bytes)
         self._listen(self._cluster, operations.cache)
+        if socket:
+            await self._serve_rings(self._cluster, operations, place, socket)
         assert self._mount.session is not None
         self._mount.session.add_done_callback(_leave)
         self._metrics.register()
         log.info("mounted at %s", place)
+
+    def _socket(self) -> str:
+        """Where the rings are; empty for nowhere."""
+        if self._config.rings != "auto":
+            return self._config.rings
+        try:
+            return str(socket_directory(os.geteuid(), os.environ) / f"{os.getpid()}.sock")
+        except (OSError, EmberfsError) as problem:
+            log.warning("no rings (set `rings` to a path for their socket): %s", problem)
+            return ""
+
+    async def _serve_rings(
+        self, cluster: Cluster, operations: EmberOperations, place: str, socket: str
+    ) -> None:
+        device = await self._env.run_blocking(lambda: os.stat(place).st_dev)
+        performer = Performer(cluster.chunkio, operations.kernel.drop_contents)
+        self._rings = RingService(self._env, cluster.files, performer, device)
+        others = self._config.allow_other and os.geteuid() == 0
+        self._rings.start(socket, 0o666 if others else 0o600)
 
     def _listen(self, cluster: Cluster, cache: KernelCache) -> None:
         if self._config.announced_timeout_s > 0:
@@ -152,6 +180,8 @@ class FuseService:
     async def stop(self) -> None:
         """Push everything to the servers, unmount, say goodbye."""
         try:
+            if self._rings is not None:  # they keep files of the mount open
+                await self._rings.close()
             if self._cluster is not None:
                 await self._cluster.listening.close()
             if self._cluster is not None and self._mount is not None:

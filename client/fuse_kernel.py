@@ -7,7 +7,7 @@ import pyfuse3
 
 from emberfs.client.handles import KnownInodes
 from emberfs.client.kernelcache import KernelCache
-from emberfs.proto.ids import MS
+from emberfs.proto.ids import MS, InodeId
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 
@@ -56,6 +56,18 @@ class FuseKernel:
         """In another thread: the kernel waits for what is under way in the directory."""
         pyfuse3.invalidate_entry_async(directory, name, ignore_enoent=True)
 
+    async def drop_contents(self, inodes: Collection[InodeId]) -> None:
+        """Drop pages and attributes of files that were written past the kernel.
+
+        In another thread: the kernel waits for pages that are being read, by us.
+        """
+
+        def drop() -> None:
+            for inode in inodes:
+                _invalidate(inode, attr_only=False)
+
+        await self._env.run_blocking(drop)
+
     def held(self) -> Collection[int]:
         """Inodes with lookups that were not forgotten."""
         return self._known.held()
@@ -63,8 +75,12 @@ class FuseKernel:
 
 def drop_attributes(inode: int) -> bool:
     """Let the kernel ask anew; False if it does not have the inode. Takes no lock."""
+    return _invalidate(inode, attr_only=True)
+
+
+def _invalidate(inode: int, *, attr_only: bool) -> bool:
     try:
-        pyfuse3.invalidate_inode(inode, attr_only=True)
+        pyfuse3.invalidate_inode(inode, attr_only=attr_only)
     except OSError as problem:
         if problem.errno != errno.ENOENT:
             raise

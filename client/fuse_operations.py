@@ -39,6 +39,7 @@ from emberfs.client.handles import (
 from emberfs.client.kernelcache import KernelCache, Timeouts
 from emberfs.client.metadata import NO_SESSION, Metadata
 from emberfs.client.openfile import OpenFile, OpenFiles
+from emberfs.client.virtual import VirtualDirectory
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import XATTR_NAME_BYTES_MAX, Inode
 from emberfs.proto.ids import SECOND, InodeId, SessionId
@@ -84,6 +85,7 @@ class EmberOperations(pyfuse3.Operations):
         self._files = files
         self._policy = policy
         self._asked_inode = asked_inode
+        self.virtual = VirtualDirectory(env.wall_ns())
         self._callers = Callers(env)
         self._known = KnownInodes()
         self.kernel = FuseKernel(env, self._known)
@@ -103,6 +105,8 @@ class EmberOperations(pyfuse3.Operations):
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name. That there is none is cached only while changes are announced."""
         caller, mark = self._callers.of(ctx), self.cache.mark()
+        if (virtual := self.virtual.lookup(parent, name)) is not None:
+            return self._entry(virtual, parent, name, mark)
         try:
             found = await self._metadata.lookup(caller, InodeId(parent), name)
         except EmberfsError as problem:
@@ -424,6 +428,8 @@ class EmberOperations(pyfuse3.Operations):
 
     async def _inode(self, inode: int) -> Inode:
         """Attributes now. A directory that was removed while somebody stands in it has no names."""
+        if (virtual := self.virtual.inode(inode)) is not None:
+            return virtual
         try:
             return self._files.merged(await self._metadata.getattr(InodeId(inode)))
         except EmberfsError as problem:
@@ -520,6 +526,8 @@ class EmberOperations(pyfuse3.Operations):
         """Fetch the page behind a cookie. A directory that was removed meanwhile is empty."""
         if handle.ended(cookie):
             return []
+        if (virtual := self.virtual.rows(handle.inode)) is not None:
+            return handle.take_page(cookie, b"", virtual, more=False)
         after, skip = handle.position(cookie)
         handle.mark = self.cache.mark()
         try:

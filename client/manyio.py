@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from emberfs.client.chunkio import ChunkIO, ReadRequest
-from emberfs.client.chunkread import part_of
 from emberfs.client.description import OpenFile
 from emberfs.client.filestate import FileState
 from emberfs.fabric.region import Buffer, length_of
@@ -72,7 +71,7 @@ def _plain(ranges: Sequence[Range]) -> tuple[list[int], list[int]]:
         end = ends.get(file)
         if end is None:
             end = ends[file] = file.state.length if file.reads_plainly() else -1
-        if 0 <= offset and offset + length_of(memory) <= end and length_of(memory):
+        if offset >= 0 and offset + length_of(memory) <= end and length_of(memory):
             plain.append(place)
         else:
             others.append(place)

@@ -23,3 +23,4 @@ WRITE_ERRORS = Counter("emberfs_client_write_errors", "Background writes that we
 READ_AHEAD_BYTES = Counter("emberfs_client_read_ahead_bytes", "Bytes prefetched")
 READ_AHEAD_HITS = Counter("emberfs_client_read_ahead_hit_bytes", "Bytes served from prefetched")
 OPEN_FILES = Gauge("emberfs_client_open_files", "Open file descriptions")
+RING_ENTRIES = Counter("emberfs_client_ring_entries", "Reads and writes done for rings")

@@ -79,7 +79,7 @@ class OpenFiles:
         self.read_memory = ReadMemory()
         self.write_memory = WriteMemory()
         self._states: dict[InodeId, FileState] = {}
-        self._files: set[OpenFile] = set()
+        self._descriptions: dict[InodeId, set[OpenFile]] = {}
         self._tasks = TaskSet()
         self._fence = Fence(membership, self._reopen)
         if membership is not None:
@@ -226,7 +226,7 @@ class OpenFiles:
         state.caches.add(cache)
         if write:
             state.write_sessions.add(session)
-        self._files.add(file)
+        self._descriptions.setdefault(number, set()).add(file)
         metrics.OPEN_FILES.inc()
         self._start_ticking()
         return inode, file
@@ -273,9 +273,19 @@ class OpenFiles:
             return problem.code != Code.TIMEOUT
         return True
 
+    def find(self, inode: InodeId, *, read: bool, write: bool) -> OpenFile | None:
+        """An open description of a file with these rights at least, if there is one."""
+        for file in self._descriptions.get(inode, ()):
+            if file.readable >= read and file.writable >= write and not file.closed:
+                return file
+        return None
+
     def _forget(self, file: OpenFile) -> None:
         state = file.state
-        self._files.discard(file)
+        descriptions = self._descriptions[file.inode_id]
+        descriptions.discard(file)
+        if not descriptions:
+            del self._descriptions[file.inode_id]
         metrics.OPEN_FILES.dec()
         state.write_sessions.discard(file.session)
         if not state.write_sessions:
@@ -301,7 +311,7 @@ class OpenFiles:
     async def _reopen(self, inode: InodeId) -> None:
         """Give a file its sessions back, which meta may have ended. STALE if it is gone."""
         for file in sorted(
-            (f for f in self._files if f.inode_id == inode and not f.ending),
+            (file for file in self._descriptions.get(inode, ()) if not file.ending),
             key=lambda file: file.session,
         ):  # those that are being closed, too: they still send what is buffered
             try:
@@ -466,9 +476,11 @@ class OpenFiles:
 
         try:
             async with asyncio.timeout(CLOSE_NS / SECOND):
-                await asyncio.gather(*(end(file) for file in list(self._files)))
+                every = [file for files in self._descriptions.values() for file in files]
+                await asyncio.gather(*map(end, every))
         except TimeoutError:
-            log.error("%d files could not be closed in time", len(self._files))
+            left = sum(map(len, self._descriptions.values()))
+            log.error("%d files could not be closed in time", left)
         await self._tasks.close()
         self.write_memory.pool.close()
         self.read_memory.lender.close()

@@ -5,13 +5,12 @@ can never shrink (or an access would raise SIGBUS and kill the server, memfd_cre
 the size that was announced.
 """
 
-import fcntl
 import mmap
 import os
 from collections import deque
 
 from emberfs.fabric.frame import Registration
-from emberfs.fabric.region import SHARED_BYTES_MAX
+from emberfs.fabric.region import SHARED_BYTES_MAX, sealed_bytes
 from emberfs.proto.errors import Code, EmberfsError
 
 REGIONS_MAX = 1024  # per connection; each costs a descriptor
@@ -91,9 +90,6 @@ def _claim(registration: Registration, fds: deque[int]) -> int:
 def _map(registration: Registration, fd: int) -> memoryview:
     if fd < 0:
         raise ValueError("its descriptor did not arrive (too many open files?)")
-    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # OSError: not a memfd
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise ValueError("it is not sealed against shrinking (F_SEAL_SHRINK)")
-    if os.fstat(fd).st_size != registration.size_bytes:
+    if sealed_bytes(fd) != registration.size_bytes:
         raise ValueError("it does not have the announced size")
     return memoryview(mmap.mmap(fd, registration.size_bytes))

@@ -1,0 +1,76 @@
+"""A ring in shared memory: where everything lies, and who writes it.
+
+One memfd holds a header of a page, the submission entries and the completion entries. All numbers
+are little-endian. Indices are u32 that only rise and wrap around; `index % entries` is the place.
+
+    at    bytes  writer       what
+    0     8      application  MAGIC
+    8     4      application  entries, a power of two
+    64    4      application  SQ_TAIL   how many entries it has submitted
+    128   4      daemon       SQ_HEAD   how many of them were taken: their places are free
+    192   4      daemon       SLEEPS    1: ring the bell when SQ_TAIL moves
+    256   4      daemon       CQ_TAIL   how many entries are complete
+    320   4      application  CQ_HEAD   how many of them were seen
+    384   4      application  WAITS     1: ring the bell when CQ_TAIL has come to WANT
+    388   4      application  WANT
+    4096                      submission entries, 64 bytes each
+    ...                       completion entries, 16 bytes each
+
+Who sets a flag looks at the other's index afterwards, and who moves an index looks at the other's
+flag afterwards, each with a full fence in between: so one of them sees the other. The daemon
+believes nothing of it: it copies an entry once, checks the copy, and keeps its own indices.
+"""
+
+import struct
+from typing import NamedTuple
+
+MAGIC = 0x31474E4952424D45  # "EMBRING1"
+MAGIC_AT, ENTRIES_AT = 0, 8
+SQ_TAIL, SQ_HEAD, SLEEPS = 64, 128, 192
+CQ_TAIL, CQ_HEAD, WAITS, WANT = 256, 320, 384, 388
+HEADER_BYTES = 4096
+
+ENTRIES_MAX = 1 << 15
+ENTRY_BYTES_MAX = 1 << 30  # what one entry may read or write
+
+READ, WRITE = 0, 1  # operations
+
+# user data, operation, file, offset in the file, region, length, offset in the region, flags (0)
+SUBMISSION = struct.Struct("<QIIQIIQI20x")
+COMPLETION = struct.Struct("<Qq")  # user data, bytes or -errno
+WORD = struct.Struct("<I")
+START = struct.Struct("<QI")
+
+WRAP = 1 << 32
+
+
+class Submission(NamedTuple):
+    """One read or write."""
+
+    user_data: int
+    operation: int
+    file: int  # as the daemon numbered it
+    offset: int  # bytes in the file
+    region: int  # as the daemon numbered it
+    length: int  # bytes
+    region_offset: int  # bytes
+    flags: int = 0
+
+
+def completions_at(entries: int) -> int:
+    """Where the completion entries begin."""
+    return HEADER_BYTES + entries * SUBMISSION.size
+
+
+def ring_bytes(entries: int) -> int:
+    """Size of the memory of a ring of so many entries."""
+    return completions_at(entries) + entries * COMPLETION.size
+
+
+def runs(index: int, count: int, entries: int) -> list[tuple[int, int]]:
+    """The places of `count` entries from an index on: (first, count) once or, wrapped, twice."""
+    first = index % entries
+    before_end = min(count, entries - first)
+    if before_end == count:
+        return [(first, count)] if count else []
+    return [(first, before_end), (0, count - before_end)]

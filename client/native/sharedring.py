@@ -1,0 +1,95 @@
+"""The daemon's end of a ring: takes what was submitted, tells what is complete. See layout.py."""
+
+from collections.abc import Sequence
+
+from emberfs.client.native import layout
+from emberfs.client.native._ring import load, store_then_load
+from emberfs.client.native.layout import COMPLETION, SUBMISSION, WRAP, Submission
+from emberfs.fabric.region import Region
+from emberfs.proto.errors import Code, EmberfsError
+
+
+class SharedRing:
+    """One ring in memory that an application can scribble on at any time.
+
+    Invariant: taken, not yet told and told but not seen are together at most `entries`, so the
+    places of completions suffice. Not thread-safe.
+    """
+
+    def __init__(self, memory: Region, entries: int) -> None:
+        """`memory` must hold a ring of so many entries. INVALID if it does not."""
+        self._memory = memory
+        self._view = memory.view
+        self.entries = entries
+        if not 0 < entries <= layout.ENTRIES_MAX or entries & (entries - 1):
+            raise EmberfsError(
+                Code.INVALID, f"{entries} entries: a power of two up to {layout.ENTRIES_MAX}"
+            )
+        if memory.size_bytes < layout.ring_bytes(entries):
+            raise EmberfsError(
+                Code.INVALID,
+                f"a ring of {entries} entries takes {layout.ring_bytes(entries)} bytes",
+            )
+        if layout.START.unpack_from(self._view) != (layout.MAGIC, entries):
+            raise EmberfsError(Code.INVALID, "the memory does not begin as a ring does")
+        self._first_completion = layout.completions_at(entries)
+        self._taken = 0  # our own SQ_HEAD
+        self._told = 0  # our own CQ_TAIL
+        self.under_way = 0
+
+    def waiting(self) -> int:
+        """How many entries can be taken now. MALFORMED when the indices make no sense."""
+        return self._waiting(load(self._view, layout.SQ_TAIL))
+
+    def sleep(self) -> bool:
+        """Ask for the bell; False if entries wait already."""
+        tail = store_then_load(self._view, layout.SLEEPS, 1, layout.SQ_TAIL)
+        if not self._waiting(tail):
+            return True
+        self.wake()
+        return False
+
+    def wake(self) -> None:
+        """No bell is needed for now."""
+        store_then_load(self._view, layout.SLEEPS, 0, layout.SQ_TAIL)
+
+    def take(self, count: int) -> list[Submission]:
+        """Take up to `count` entries; fewer if fewer wait."""
+        count = min(count, self.waiting())
+        found: list[Submission] = []
+        for first, some in layout.runs(self._taken, count, self.entries):
+            at = layout.HEADER_BYTES + first * SUBMISSION.size
+            copy = bytes(self._view[at : at + some * SUBMISSION.size])  # checked and used: this
+            found.extend(map(Submission._make, SUBMISSION.iter_unpack(copy)))
+        self._taken = (self._taken + count) % WRAP
+        self.under_way += count
+        store_then_load(self._view, layout.SQ_HEAD, self._taken, layout.SQ_TAIL)
+        return found
+
+    def tell(self, completions: Sequence[tuple[int, int]]) -> bool:
+        """Publish (user data, result); True if the application waits for the bell."""
+        pack, view = COMPLETION.pack_into, self._view
+        done = 0
+        for first, some in layout.runs(self._told, len(completions), self.entries):
+            at = self._first_completion + first * COMPLETION.size
+            for user_data, result in completions[done : done + some]:
+                pack(view, at, user_data, result)
+                at += COMPLETION.size
+            done += some
+        self._told = (self._told + done) % WRAP
+        self.under_way -= done
+        if not store_then_load(view, layout.CQ_TAIL, self._told, layout.WAITS):
+            return False
+        want: int = layout.WORD.unpack_from(view, layout.WANT)[0]
+        return (self._told - want) % WRAP < WRAP // 2
+
+    def _waiting(self, tail: int) -> int:
+        submitted = (tail - self._taken) % WRAP
+        unseen = (self._told - load(self._view, layout.CQ_HEAD)) % WRAP
+        if submitted > self.entries or unseen > self.entries:
+            raise EmberfsError(Code.MALFORMED, "the indices of the ring make no sense")
+        return min(submitted, self.entries - unseen - self.under_way)
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._memory.close()
