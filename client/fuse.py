@@ -168,7 +168,7 @@ class FuseService:
     ) -> None:
         device = await self._env.run_blocking(lambda: os.stat(place).st_dev)
         performer = Performer(cluster.chunkio, operations.kernel.drop_contents)
-        self._rings = RingService(self._env, cluster.files, performer, device)
+        self._rings = RingService(cluster.files, performer, device)
         others = self._config.allow_other and os.geteuid() == 0
         self._rings.start(socket, 0o666 if others else 0o600)
 
@@ -180,7 +180,7 @@ class FuseService:
     async def stop(self) -> None:
         """Push everything to the servers, unmount, say goodbye."""
         try:
-            if self._rings is not None:  # they keep files of the mount open
+            if self._rings is not None:
                 await self._rings.close()
             if self._cluster is not None:
                 await self._cluster.listening.close()

@@ -1,7 +1,7 @@
 /* What Python cannot say about memory that two processes share.
  *
  * Loads and stores of a 32-bit word with the fences that the ring's protocol needs (layout.py), a
- * wait that spins outside the GIL, the address of a buffer, and what an open file is without asking
+ * wait that spins outside the GIL, the address of a buffer, and what a file is without asking
  * its file system: the daemon would have to answer that itself. Limited API, no state.
  */
 #define _GNU_SOURCE
@@ -96,15 +96,14 @@ static PyObject *address(PyObject *self, PyObject *object) {
 }
 
 static PyObject *identify(PyObject *self, PyObject *args) {
-    int fd;
+    const char *path;
     struct statx found;
-    if (!PyArg_ParseTuple(args, "i", &fd)) return NULL;
-    int flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC;
-    if (statx(fd, "", flags, STATX_TYPE | STATX_INO, &found) < 0)
+    if (!PyArg_ParseTuple(args, "s", &path)) return NULL;
+    if (statx(AT_FDCWD, path, AT_STATX_DONT_SYNC, STATX_TYPE | STATX_INO | STATX_MNT_ID, &found) < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
     unsigned long long device = makedev(found.stx_dev_major, found.stx_dev_minor);
-    return Py_BuildValue("(KKI)", device, (unsigned long long)found.stx_ino,
-                         (unsigned int)found.stx_mode);
+    return Py_BuildValue("(KKIK)", device, (unsigned long long)found.stx_ino,
+                         (unsigned int)found.stx_mode, (unsigned long long)found.stx_mnt_id);
 }
 
 static PyMethodDef methods[] = {
@@ -112,7 +111,7 @@ static PyMethodDef methods[] = {
     {"store_then_load", store_then_load, METH_VARARGS, "Store a word, fence, load another."},
     {"spin", spin, METH_VARARGS, "Wait for a word to change, for so many ns; what it is then."},
     {"address", address, METH_O, "(address, bytes, readonly) of a contiguous buffer."},
-    {"identify", identify, METH_VARARGS, "(device, inode, mode) of an open file, from memory."},
+    {"identify", identify, METH_VARARGS, "(device, inode, mode, mount id) of what is at a path, from memory."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -2,18 +2,15 @@
 
 import logging
 import socket
-import stat
 from collections.abc import Awaitable, Callable
 
 from emberfs.client.native import messages
-from emberfs.client.native._ring import identify
 from emberfs.client.native.holdings import Holdings, errno_of
 from emberfs.client.native.layout import Submission
 from emberfs.client.native.messages import Answer, Kind, Request, RingTerms
 from emberfs.client.native.performer import Completion, Performer, Tell
 from emberfs.client.native.scheduler import PRIORITIES, Scheduler
 from emberfs.client.native.sharedring import SharedRing
-from emberfs.fabric.region import Region
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import SECOND
 
@@ -109,7 +106,6 @@ class Application:
         holdings: Holdings,
         scheduler: Scheduler,
         performer: Performer,
-        close_fd: Callable[[int], None],
         watch: Callable[[socket.socket, Callable[[], None]], None],
         unwatch: Callable[[socket.socket], None],
         gone: Callable[["Application"], None],
@@ -119,100 +115,76 @@ class Application:
         self._holdings = holdings
         self._scheduler = scheduler
         self._performer = performer
-        self._close_fd = close_fd
         self._watch = watch
         self._unwatch = unwatch
         self._gone = gone
         self._rings: dict[int, AttachedRing] = {}
         self._last = 0
         self._greeted = False
+        self._passed: socket.socket | None = None  # the bell's other end, until it is sent
         self.closed = False
         watch(connection, self._readable)
 
     def _readable(self) -> None:
-        try:
-            message, fds, flags, _ = socket.recv_fds(
-                self._connection,
-                messages.MESSAGE_BYTES_MAX,
-                messages.FDS_MAX,
-                socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
-            )
+        try:  # without room for descriptors the kernel drops them
+            message = self._connection.recv(messages.MESSAGE_BYTES_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
-            message, fds, flags = b"", [], 0
-        if not message:
-            for fd in fds:
-                self._close_fd(fd)
+            message = b""
+        if message:
+            self._answer(message)
+        else:
             self.close("")
-            return
-        if flags & socket.MSG_CTRUNC:  # too many, or no descriptor was left for them
-            for fd in fds:
-                self._close_fd(fd)
-            fds = []
-        self._send(self._answered(message, fds))
 
-    def _answered(self, message: bytes, fds: list[int]) -> Answer:
+    def _answer(self, message: bytes) -> None:
+        shared: list[int] = []  # descriptors that go with the answer
         try:
             request = messages.decode_request(message)
-            wanted = _FDS.get(request.kind, 0)
-            if len(fds) != wanted:
-                text = f"{request.kind.name} takes {wanted} descriptors, {len(fds)} came"
-                raise EmberfsError(Code.INVALID, text)
             if not self._greeted and request.kind != Kind.HELLO:
                 raise EmberfsError(Code.INVALID, "HELLO comes first")
-            given, fds = fds, []
-            return Answer(0, self._perform(request, given))
+            answer = Answer(0, self._perform(request, shared))
         except EmberfsError as problem:
-            return Answer(errno_of(problem), 0, problem.message)
-        finally:
-            for fd in fds:
-                self._close_fd(fd)
+            answer = Answer(errno_of(problem), 0, problem.message)
+        self._send(answer, shared)
 
-    def _perform(self, request: Request, fds: list[int]) -> int:
+    def _perform(self, request: Request, shared: list[int]) -> int:
         holdings, number = self._holdings, request.first
         match request.kind:
             case Kind.HELLO:
                 self._greeted = True
                 return messages.VERSION
             case Kind.REGION:
-                return holdings.add_region(fds[0], request.first)
+                number, region = holdings.add_region(request.first)
+                shared.append(region.fd)
+                return number
             case Kind.FORGET_REGION:
                 holdings.remove_region(number)
             case Kind.FILE:
-                return holdings.add_file(fds[0])
+                return holdings.add_file(request.first)
             case Kind.FORGET_FILE:
                 holdings.remove_file(number)
             case Kind.RING:
-                return self._add_ring(messages.unpack_terms(request), fds[0], fds[1])
+                return self._add_ring(messages.unpack_terms(request), shared)
             case Kind.FORGET_RING:
                 self._remove_ring(number)
         return 0
 
     # ------------------------------------------------------------ rings
 
-    def _add_ring(self, terms: RingTerms, memory_fd: int, bell_fd: int) -> int:
-        bell: socket.socket | None = None
-        memory: Region | None = None
+    def _add_ring(self, terms: RingTerms, shared: list[int]) -> int:
+        if len(self._rings) >= RINGS_MAX:
+            raise EmberfsError(Code.INVALID, f"at most {RINGS_MAX} rings")
+        if not (terms.priority < PRIORITIES and terms.gather_us <= GATHER_US_MAX):
+            text = f"priority 0 to {PRIORITIES - 1}, gather at most {GATHER_US_MAX} us"
+            raise EmberfsError(Code.INVALID, text)
         try:
-            if len(self._rings) >= RINGS_MAX:
-                raise EmberfsError(Code.INVALID, f"at most {RINGS_MAX} rings")
-            if not (terms.priority < PRIORITIES and terms.gather_us <= GATHER_US_MAX):
-                raise EmberfsError(
-                    Code.INVALID, f"priority 0 to {PRIORITIES - 1}, {GATHER_US_MAX} us at most"
-                )
-            bell, bell_fd = _bell_of(bell_fd), -1
-            memory, memory_fd = Region.adopt(memory_fd), -1
-            ring = SharedRing(memory, terms.entries)
-        except BaseException:
-            for fd in (memory_fd, bell_fd):
-                if fd >= 0:
-                    self._close_fd(fd)
-            if bell is not None:
-                bell.close()
-            if memory is not None:
-                memory.close()
-            raise
+            ring = SharedRing(terms.entries)
+            bell, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as problem:
+            raise EmberfsError(Code.NO_SPACE, f"no room for a ring: {problem}") from None
+        self._passed = theirs
+        shared += [ring.fd, theirs.fileno()]
         self._last += 1
         attached = AttachedRing(ring, terms, bell, self._performed, self.close)
         self._rings[self._last] = attached
@@ -244,13 +216,16 @@ class Application:
 
     # ------------------------------------------------------------ the end
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer, shared: list[int]) -> None:
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
-            self._connection.send(
-                messages.encode_answer(answer), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-            )
+            socket.send_fds(self._connection, [messages.encode_answer(answer)], shared, flags)
         except OSError as problem:  # it does not read what it has asked for
             self.close(f"does not take its answers: {problem}")
+        finally:
+            if self._passed is not None:
+                self._passed.close()
+                self._passed = None
 
     def close(self, why: str) -> None:
         """End it; `why` is logged. What is under way ends by itself and is told nobody."""
@@ -266,20 +241,3 @@ class Application:
         self._holdings.close()
         self._connection.close()
         self._gone(self)
-
-
-_FDS = {Kind.REGION: 1, Kind.FILE: 1, Kind.RING: 2}
-
-
-def _bell_of(fd: int) -> socket.socket:
-    """A socket from the descriptor, which is the caller's until this succeeds."""
-    if not stat.S_ISSOCK(identify(fd)[2]):
-        raise EmberfsError(Code.INVALID, "the bell is not a socket")
-    try:
-        bell = socket.socket(fileno=fd)
-    except OSError as problem:
-        raise EmberfsError(Code.INVALID, f"the bell: {problem}") from None
-    if bell.family != socket.AF_UNIX:
-        bell.detach()
-        raise EmberfsError(Code.INVALID, "the bell is not a Unix socket")
-    return bell

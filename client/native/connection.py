@@ -1,6 +1,5 @@
 """An application's connection to the client daemon of a mount, and what it has registered there."""
 
-import array
 import errno
 import os
 import socket
@@ -91,29 +90,43 @@ class Connection:
 
     # ------------------------------------------------------------ asking
 
-    def ask(self, request: Request, *fds: int) -> int:
-        """Send a request with descriptors; the value of its answer. Raises OSError."""
+    def ask(self, request: Request) -> int:
+        """Send a request; the value of its answer. Raises OSError."""
+        value, fds = self.ask_for(request, 0)
+        assert not fds
+        return value
+
+    def ask_for(self, request: Request, count: int) -> tuple[int, list[int]]:
+        """As `ask`, for an answer with `count` descriptors, which are the caller's then."""
         if os.getpid() != self._pid:
             raise RuntimeError("a connection does not survive fork: make one in the child")
         with self._lock:
             try:
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                self.socket.sendmsg([messages.encode_request(request)], ancillary if fds else [])
-                message = self.socket.recv(messages.MESSAGE_BYTES_MAX)
+                self.socket.send(messages.encode_request(request), socket.MSG_NOSIGNAL)
+                message, fds, _, _ = socket.recv_fds(
+                    self.socket, messages.MESSAGE_BYTES_MAX, messages.FDS_MAX,
+                    socket.MSG_CMSG_CLOEXEC,
+                )  # fmt: skip
             except TimeoutError:
                 self.socket.close()  # an answer that comes late would be taken for the next
                 raise
             except OSError as problem:
                 raise _gone(problem.strerror) from None
-        if not message:
-            raise _gone("it has closed the connection")
         try:
+            if not message:
+                raise _gone("it has closed the connection")
             answer = messages.decode_answer(message)
-        except EmberfsError as problem:
-            raise OSError(errno.EPROTO, problem.message) from None
-        if answer.error:
-            raise OSError(answer.error, f"{os.strerror(answer.error)} ({answer.words})")
-        return answer.value
+            if answer.error:
+                raise OSError(answer.error, f"{os.strerror(answer.error)} ({answer.words})")
+            if len(fds) != count:
+                raise OSError(errno.EMFILE, f"{len(fds)} of {count} descriptors have arrived")
+        except (OSError, EmberfsError) as problem:
+            for fd in fds:
+                os.close(fd)
+            if isinstance(problem, EmberfsError):
+                raise OSError(errno.EPROTO, problem.message) from None
+            raise
+        return answer.value, fds
 
     def forget(self, kind: Kind, number: int) -> None:
         """Ask to forget something; nothing to do when the daemon is gone, it has forgotten all."""
@@ -126,27 +139,20 @@ class Connection:
 
     def region(self, size_bytes: int) -> Region:
         """Allocate memory (rounded up to pages) that the daemon can fill. Raises OSError."""
-        region = Region(size_bytes)
-        try:
-            self.number_of(region)
-        except BaseException:
-            region.close()
-            raise
+        number, (fd,) = self.ask_for(Request(Kind.REGION, size_bytes), 1)
+        region = Region.adopt(fd)
+        start = address(region.view)[0]
+        with self._lock:
+            self._numbers[region.id] = number
+            place = bisect_right(self._starts, start)
+            self._starts.insert(place, start)
+            self._regions.insert(place, region)
+        region.watchers.add(self._closed)
         return region
 
     def number_of(self, region: Region) -> int:
-        """What entries call a region; it is registered when it is not known yet."""
-        number = self._numbers.get(region.id)
-        if number is None:
-            number = self.ask(Request(Kind.REGION, region.size_bytes), region.fd)
-            start = address(region.view)[0]
-            with self._lock:
-                self._numbers[region.id] = number
-                place = bisect_right(self._starts, start)
-                self._starts.insert(place, start)
-                self._regions.insert(place, region)
-            region.watchers.add(self._closed)
-        return number
+        """What entries call a region of this connection. KeyError if it is not (any more)."""
+        return self._numbers[region.id]
 
     def borrow(self, size_bytes: int) -> Region:
         """Memory for a moment; see give_back. Its content is whatever was there."""
@@ -179,12 +185,10 @@ class Connection:
 
     def find(self, memory: Memory) -> Slice | None:
         """The part of a region that any object's buffer is; None if it lies elsewhere."""
-        if isinstance(memory, Slice):
-            self.number_of(memory.region)
-            return memory
         if isinstance(memory, Region):
-            self.number_of(memory)
-            return memory.slice(0, memory.size_bytes)
+            memory = memory.slice(0, memory.size_bytes)
+        if isinstance(memory, Slice):
+            return memory if memory.region.id in self._numbers else None
         start, length, _ = address(memory)
         place = bisect_right(self._starts, start) - 1
         if place >= 0:
@@ -196,9 +200,12 @@ class Connection:
     # ------------------------------------------------------------ files
 
     def file(self, file: int | HasFileno) -> RegisteredFile:
-        """Register a file that is open on the mount. OSError: EBADF if it is on another."""
+        """Register a file that is open on the mount. OSError: EBADF if it is on another.
+
+        Close what is returned before the descriptor.
+        """
         fd = file if isinstance(file, int) else file.fileno()
-        return RegisteredFile(self, self.ask(Request(Kind.FILE), fd))
+        return RegisteredFile(self, self.ask(Request(Kind.FILE, fd)))
 
     # ------------------------------------------------------------ the end
 

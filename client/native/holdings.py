@@ -1,17 +1,15 @@
-"""What one application has given to the daemon: memory and open files. All of it is hostile.
+"""What one application shares with the daemon: memory, and files that it has open.
 
-Memory must be a memfd that cannot shrink, or an access would kill the daemon (SIGBUS). A file must
-be a descriptor of this very mount: it proves that the kernel has let the application open it, for
-reading, writing or both. The daemon keeps the descriptor, so that the file stays open in it as
-long; and it asks nothing of it that the kernel would pass on to the daemon itself.
+A file must be open in the application, on this very mount: what the kernel has let it open the file
+for, reading, writing or both, is what its entries may do. The daemon looks at the application's
+descriptor in /proc (proc_pid_fdinfo(5)) and never holds one: see messages.py.
 """
 
 import errno
-import fcntl
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from emberfs.client.native._ring import identify
 from emberfs.client.openfile import OpenFile, OpenFiles
@@ -32,20 +30,17 @@ class HeldFile:
     inode: InodeId
     read: bool
     write: bool
-    fd: int
     file: OpenFile | None = None  # one of the mount's, of the same file, with these rights
 
 
 class Holdings:
     """Regions and files of one application, by the numbers that it uses for them."""
 
-    def __init__(self, files: OpenFiles, device: int, close: Callable[[int], None]) -> None:
-        """`device` is the mount's st_dev; `close` closes a descriptor that the daemon must not
-        wait for.
-        """
+    def __init__(self, files: OpenFiles, device: int, process: int) -> None:
+        """`device` is the mount's st_dev; `process` the application's pid, 0 if none is known."""
         self._open = files
         self._device = device
-        self._close = close
+        self._process = process
         self._regions: dict[int, Region] = {}
         self._files: dict[int, HeldFile] = {}
         self._region_bytes = 0
@@ -57,25 +52,20 @@ class Holdings:
 
     # ------------------------------------------------------------ memory
 
-    def add_region(self, fd: int, size_bytes: int) -> int:
-        """Map an application's memory; its number. Takes the descriptor, also when it raises."""
+    def add_region(self, size_bytes: int) -> tuple[int, Region]:
+        """Allocate memory for both; its number. INVALID if it is too much."""
+        if len(self._regions) >= REGIONS_MAX:
+            raise EmberfsError(Code.INVALID, f"at most {REGIONS_MAX} regions")
+        if not 0 < size_bytes <= REGION_BYTES_MAX - self._region_bytes:
+            raise EmberfsError(Code.INVALID, f"1 to {REGION_BYTES_MAX} bytes in all regions")
         try:
-            if len(self._regions) >= REGIONS_MAX:
-                raise EmberfsError(Code.INVALID, f"at most {REGIONS_MAX} regions")
-            if self._region_bytes + size_bytes > REGION_BYTES_MAX:
-                raise EmberfsError(Code.INVALID, f"at most {REGION_BYTES_MAX} bytes of regions")
-            region = Region.adopt(fd)
-        except BaseException:
-            self._close(fd)
-            raise
-        if region.size_bytes != size_bytes:
-            region.close()
-            text = f"the memory has {region.size_bytes} bytes, not {size_bytes}"
-            raise EmberfsError(Code.INVALID, text)
+            region = Region(size_bytes)
+        except OSError as problem:
+            raise EmberfsError(Code.NO_SPACE, f"no memory for a region: {problem}") from None
         number = self._number()
         self._regions[number] = region
         self._region_bytes += region.size_bytes
-        return number
+        return number, region
 
     def remove_region(self, number: int) -> None:
         """Let go of memory; what is under way with it goes on."""
@@ -91,39 +81,47 @@ class Holdings:
 
     # ------------------------------------------------------------ files
 
-    def add_file(self, fd: int) -> int:
-        """Take a descriptor of a file on the mount; its number. BAD_HANDLE if it is none."""
-        try:
-            if len(self._files) >= FILES_MAX:
-                raise EmberfsError(Code.INVALID, f"at most {FILES_MAX} files")
-            held = self._examined(fd)
-            self.opened(held)
-        except BaseException:
-            self._close(fd)
-            raise
+    def add_file(self, descriptor: int) -> int:
+        """Take a file that the application has open; its number. BAD_HANDLE if that is none."""
+        if len(self._files) >= FILES_MAX:
+            raise EmberfsError(Code.INVALID, f"at most {FILES_MAX} files")
+        held = self._examined(descriptor)
+        self.opened(held)
         number = self._number()
         self._files[number] = held
         return number
 
-    def _examined(self, fd: int) -> HeldFile:
+    def _examined(self, descriptor: int) -> HeldFile:
+        """What a descriptor of the application is.
+
+        It may be another file from one look to the next: what its rights are and which inode on
+        which mount it is are one look, of which file system that mount is is another.
+        """
+        if not self._process:
+            raise EmberfsError(
+                Code.UNSUPPORTED, "the daemon cannot see this process: it needs its pid namespace"
+            )
+        place = f"/proc/{self._process}"
         try:
-            device, inode, mode = identify(fd)
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        except OSError as problem:
-            raise EmberfsError(Code.BAD_HANDLE, f"not a file: {problem}") from None
+            lines = Path(f"{place}/fdinfo/{descriptor}").read_text().splitlines()
+            facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            flags, inode = int(facts["flags"], 8), int(facts["ino"])
+            device, other, mode, mount = identify(f"{place}/fd/{descriptor}")
+        except (OSError, KeyError, ValueError) as problem:
+            raise EmberfsError(Code.BAD_HANDLE, f"not an open file: {problem}") from None
         if device != self._device:
             raise EmberfsError(Code.BAD_HANDLE, "the file is not on this mount")
+        if (inode, int(facts["mnt_id"])) != (other, mount):
+            raise EmberfsError(Code.BAD_HANDLE, "the descriptor was closed meanwhile")
         if not stat.S_ISREG(mode) or flags & _O_PATH:
             raise EmberfsError(Code.BAD_HANDLE, "not a regular file opened to read or write")
         access = flags & os.O_ACCMODE
-        return HeldFile(InodeId(inode), access != os.O_WRONLY, access != os.O_RDONLY, fd)
+        return HeldFile(InodeId(inode), access != os.O_WRONLY, access != os.O_RDONLY)
 
     def remove_file(self, number: int) -> None:
         """Let go of a file."""
-        held = self._files.pop(number, None)
-        if held is None:
+        if self._files.pop(number, None) is None:
             raise EmberfsError(Code.INVALID, f"file {number} is not known")
-        self._close(held.fd)
 
     def file(self, number: int) -> HeldFile | None:
         """Look one up."""
@@ -132,8 +130,7 @@ class Holdings:
     def opened(self, held: HeldFile) -> OpenFile:
         """An open description with the rights of the descriptor.
 
-        The mount has one, because the descriptor is open; not always the same, because several are
-        alike.
+        The mount has one while that is open; not always the same, because several are alike.
         """
         file = held.file
         if file is None or file.closed:
@@ -144,8 +141,7 @@ class Holdings:
 
     def close(self) -> None:
         """Let go of everything: the application is gone."""
-        for number in list(self._files):
-            self.remove_file(number)
+        self._files.clear()
         for number in list(self._regions):
             self.remove_region(number)
 

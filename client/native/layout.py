@@ -4,8 +4,8 @@ One memfd holds a header of a page, the submission entries and the completion en
 are little-endian. Indices are u32 that only rise and wrap around; `index % entries` is the place.
 
     at    bytes  writer       what
-    0     8      application  MAGIC
-    8     4      application  entries, a power of two
+    0     8      daemon       MAGIC
+    8     4      daemon       entries, a power of two
     64    4      application  SQ_TAIL   how many entries it has submitted
     128   4      daemon       SQ_HEAD   how many of them were taken: their places are free
     192   4      daemon       SLEEPS    1: ring the bell when SQ_TAIL moves

@@ -1,7 +1,9 @@
 """What an application and the client daemon say over the socket: one request, one answer.
 
-A SOCK_SEQPACKET socket keeps messages whole and in order. Descriptors travel with the request
-(SCM_RIGHTS, unix(7)). Bytes of the application are hostile until decoded.
+A SOCK_SEQPACKET socket keeps messages whole and in order. Bytes of the application are hostile
+until decoded, and it sends no descriptors: it is the daemon that makes what is shared and passes it
+with the answer (SCM_RIGHTS, unix(7)). A descriptor that the daemon was given could be of its own
+mount; to close that it would have to wait for itself, and a daemon that dies would do so for ever.
 """
 
 import struct
@@ -12,18 +14,18 @@ from emberfs.proto.errors import Code, EmberfsError
 
 VERSION = 1
 MESSAGE_BYTES_MAX = 1024
-FDS_MAX = 2  # of one request
+FDS_MAX = 2  # of one answer
 
 
 class Kind(IntEnum):
-    """What is asked for; in brackets what `first`, `second` and the descriptors are."""
+    """What is asked for; in brackets what `first` and `second` are."""
 
     HELLO = 1  # [VERSION, 0] the answer's value is the daemon's VERSION
-    REGION = 2  # [size in bytes, 0; memfd] value: the region's number
+    REGION = 2  # [size in bytes, 0] value: the region's number; with a memfd
     FORGET_REGION = 3  # [its number, 0]
-    FILE = 4  # [0, 0; a file opened on the mount] value: the file's number
+    FILE = 4  # [a descriptor of the application, 0] value: the file's number
     FORGET_FILE = 5  # [its number, 0]
-    RING = 6  # [entries | priority << 32, depth | gather µs << 32; memfd, bell] value: its number
+    RING = 6  # [entries | priority << 32, depth | gather us << 32] its number; memfd, bell
     FORGET_RING = 7  # [its number, 0]
 
 

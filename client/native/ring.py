@@ -71,20 +71,11 @@ class Ring:
         """
         self._connection = connection
         self._entries = entries
-        self._memory = Region(layout.ring_bytes(max(entries, 1)))
-        view = self._view = self._memory.view
-        layout.START.pack_into(view, layout.MAGIC_AT, layout.MAGIC, entries)
-        self._bell, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            terms = pack_terms(RingTerms(entries, priority, depth, gather_us))
-            fds = self._memory.fd, theirs.fileno()
-            self._number = connection.ask(Request(Kind.RING, *terms), *fds)
-        except BaseException:
-            self._bell.close()
-            self._memory.close()
-            raise
-        finally:
-            theirs.close()
+        terms = pack_terms(RingTerms(entries, priority, depth, gather_us))
+        self._number, (memory, bell) = connection.ask_for(Request(Kind.RING, *terms), 2)
+        self._bell = socket.socket(fileno=bell)
+        self._memory = Region.adopt(memory)
+        self._view = self._memory.view
         self._bell.setblocking(False)
         self._first_completion = layout.completions_at(entries)
         self._submitted = self._seen = 0  # our SQ_TAIL and CQ_HEAD

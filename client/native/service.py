@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,28 +16,25 @@ from emberfs.client.native.performer import Performer
 from emberfs.client.native.scheduler import Scheduler
 from emberfs.client.openfile import OpenFiles
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.runtime.env import Env
-from emberfs.runtime.tasks import TaskSet
 
 log = logging.getLogger("emberfs.client.native")
 
 APPLICATIONS_MAX = 1024
 _BACKLOG = 128
+_CREDENTIALS = struct.Struct("3i")  # ucred of unix(7)
 
 
 class RingService:
     """Everything that applications share with one mount."""
 
-    def __init__(self, env: Env, files: OpenFiles, performer: Performer, device: int) -> None:
+    def __init__(self, files: OpenFiles, performer: Performer, device: int) -> None:
         """`device` is the mount's st_dev."""
-        self._env = env
         self._files = files
         self._performer = performer
         self._device = device
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler()
         self._applications: set[Application] = set()
-        self._closing = TaskSet()  # of descriptors
         self._listener: socket.socket | None = None
         self._path = ""
 
@@ -69,13 +67,12 @@ class RingService:
             log.warning("an application is refused: %d are connected", APPLICATIONS_MAX)
             connection.close()
             return
-        holdings = Holdings(self._files, self._device, self._close_fd)
+        holdings = Holdings(self._files, self._device, _process_of(connection))
         application = Application(
             connection,
             holdings,
             self._scheduler,
             self._performer,
-            self._close_fd,
             self._watch,
             self._unwatch,
             self._applications.discard,
@@ -89,16 +86,8 @@ class RingService:
         if sock.fileno() >= 0:
             self._loop.remove_reader(sock.fileno())
 
-    def _close_fd(self, fd: int) -> None:
-        """In a thread: the last close of a file of this mount asks this daemon to flush it."""
-
-        async def close() -> None:
-            await self._env.run_blocking(lambda: os.close(fd))
-
-        self._closing.spawn(close(), name="close a descriptor")
-
     async def close(self) -> None:
-        """Cut every application off; their files are closed when this returns."""
+        """Cut every application off."""
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
@@ -110,7 +99,16 @@ class RingService:
         for application in list(self._applications):
             application.close("")
         await self._scheduler.close()
-        await self._closing.drain()
+
+
+def _process_of(connection: socket.socket) -> int:
+    """The pid of an application; 0 if it has none here, or if that is another's by now."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, uid, _ = _CREDENTIALS.unpack(raw)
+    try:
+        return int(process) if os.stat(f"/proc/{process}").st_uid == uid else 0
+    except OSError:
+        return 0
 
 
 def _is_dead(path: str) -> bool:

@@ -16,26 +16,25 @@ class SharedRing:
     places of completions suffice. Not thread-safe.
     """
 
-    def __init__(self, memory: Region, entries: int) -> None:
-        """`memory` must hold a ring of so many entries. INVALID if it does not."""
-        self._memory = memory
-        self._view = memory.view
-        self.entries = entries
+    def __init__(self, entries: int) -> None:
+        """Allocate one. INVALID if there is none of so many entries, OSError without memory."""
         if not 0 < entries <= layout.ENTRIES_MAX or entries & (entries - 1):
             raise EmberfsError(
                 Code.INVALID, f"{entries} entries: a power of two up to {layout.ENTRIES_MAX}"
             )
-        if memory.size_bytes < layout.ring_bytes(entries):
-            raise EmberfsError(
-                Code.INVALID,
-                f"a ring of {entries} entries takes {layout.ring_bytes(entries)} bytes",
-            )
-        if layout.START.unpack_from(self._view) != (layout.MAGIC, entries):
-            raise EmberfsError(Code.INVALID, "the memory does not begin as a ring does")
+        self.entries = entries
+        self._memory = Region(layout.ring_bytes(entries))
+        self._view = self._memory.view
+        layout.START.pack_into(self._view, layout.MAGIC_AT, layout.MAGIC, entries)
         self._first_completion = layout.completions_at(entries)
         self._taken = 0  # our own SQ_HEAD
         self._told = 0  # our own CQ_TAIL
         self.under_way = 0
+
+    @property
+    def fd(self) -> int:
+        """The memory, to be passed to the application."""
+        return self._memory.fd
 
     def waiting(self) -> int:
         """How many entries can be taken now. MALFORMED when the indices make no sense."""

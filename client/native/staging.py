@@ -3,8 +3,9 @@
 import errno
 from collections.abc import Sequence
 
+from emberfs.client.file import buffer_of
 from emberfs.client.native.connection import Connection, Memory
-from emberfs.fabric.region import Slice
+from emberfs.fabric.region import Slice, view_of
 
 _ALIGN_BYTES = 64
 
@@ -18,7 +19,7 @@ class Staging:
         """`places` of the pieces in the batch; with `copy` they are what is to be written."""
         self._connection = connection
         self._places = places
-        self._views = [memoryview(memory).cast("B") for memory in memories]
+        self._views = [view_of(buffer_of(memory)) for memory in memories]
         sizes = [-(-len(view) // _ALIGN_BYTES) * _ALIGN_BYTES for view in self._views]
         if not copy and any(view.readonly for view in self._views):
             raise TypeError("memory to be read into is read-only")

@@ -215,7 +215,9 @@ def test_on_an_event_loop(daemon: Connection, path: Path) -> None:
             async with AsyncRing(Ring(daemon, 16)) as ring:
 
                 async def one(i: int) -> None:
-                    wanted = [(file, 1000 * i + j, region.slice(1000 * i + j, 1)) for j in range(50)]
+                    wanted = [
+                        (file, 1000 * i + j, region.slice(1000 * i + j, 1)) for j in range(50)
+                    ]
                     assert await ring.read_many(wanted) == [1] * 50
 
                 await asyncio.wait_for(asyncio.gather(*map(one, range(40))), 30)
@@ -250,20 +252,17 @@ from emberfs.client.native.ring import READ, Ring
 daemon = Connection(sys.argv[1])
 opened = open(sys.argv[1], "rb")
 file, region, ring = daemon.file(opened), daemon.region(1 << 20), Ring(daemon)
-print("ready", flush=True)
+print(os.fstat(region.fd).st_ino, flush=True)
 while True:
     ring.read_many([(file, 4096 * i, region.slice(4096 * i, 4096)) for i in range(256)])
 """
 
 
-def open_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
 def test_killed_processes_leave_nothing_behind(shared: LocalCluster, path: Path) -> None:
-    daemon = shared.pid("fuse")
-    storages = [shared.pid(f"storage-{i}") for i in (1, 2, 3)]
-    before = open_fds(daemon)
+    served = [shared.pid(name) for name in ("fuse", *shared.plan.storage_names())]
+    fuse = shared.pid("fuse")
+    before = len(os.listdir(f"/proc/{fuse}/fd"))
+    inodes: set[str] = set()
     for _ in range(4):
         running = [
             subprocess.Popen([sys.executable, "-c", CLIENT, path], stdout=subprocess.PIPE)
@@ -272,20 +271,69 @@ def test_killed_processes_leave_nothing_behind(shared: LocalCluster, path: Path)
         try:
             for process in running:
                 assert process.stdout is not None
-                assert process.stdout.readline() == b"ready\n"
+                inodes.add(process.stdout.readline().decode().strip())
+            assert inodes & mapped(served)
         finally:
             for process in running:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 process.stdout.close()
-    wait_until(lambda: open_fds(daemon) <= before + 2, 20)
-    for pid in (daemon, *storages):
-        maps = Path(f"/proc/{pid}/maps").read_text()
-        wait_until(lambda pid=pid: "deleted" not in Path(f"/proc/{pid}/maps").read_text()
-                   or ring_maps(pid) <= 64, 20)  # fmt: skip
-        del maps
+    assert len(inodes) == 12
+    wait_until(lambda: not inodes & mapped(served), 20)
+    wait_until(lambda: len(os.listdir(f"/proc/{fuse}/fd")) <= before + 2, 20)
     assert path.read_bytes() == DATA
 
 
-def ring_maps(pid: int) -> int:
-    return Path(f"/proc/{pid}/maps").read_text().count("memfd:emberfs-")
+def mapped(pids: list[int]) -> set[str]:
+    """Inodes of the memfds that these processes have mapped."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {line.split()[4] for line in lines if "memfd:" in line}
+
+
+def test_the_daemon_dies(fresh: LocalCluster) -> None:
+    """What is under way fails at once, and so does what comes after; a new mount serves anew."""
+    place = fresh.mount / "file"
+    place.write_bytes(DATA)
+    daemon = Connection(fresh.mount)
+    opened = place.open("rb")
+    file, region, ring = daemon.file(opened), daemon.region(MiB), Ring(daemon)
+    assert ring.read_many([(file, 0, region.slice(0, MiB))], 20) == [MiB]
+    os.kill(fresh.pid("fuse"), signal.SIGSTOP)
+    batch = ring.submit(0, [(file, 0, region.slice(0, MiB))])
+    with pytest.raises(TimeoutError):
+        ring.wait(batch, 0.3)
+    fresh.kill("fuse")
+    (result,) = ring.wait(batch, 20)
+    assert isinstance(result, OSError)
+    assert result.errno == errno.ENOTCONN
+    with pytest.raises(OSError, match="anew"):
+        ring.read_many([(file, 0, region.slice(0, MiB))], 20)
+    with pytest.raises(OSError, match="daemon is gone"):
+        daemon.file(opened)
+    ring.close()
+    daemon.close()
+    with pytest.raises(OSError):
+        opened.read()
+    with pytest.raises(OSError):
+        opened.close()
+    fresh.up()
+    with Connection(fresh.mount) as again, place.open("rb") as reopened, Ring(again) as other:
+        file = again.file(reopened)
+        assert other.read_many([(file, 0, region.slice(0, MiB))], 20) == [MiB]
+        assert region.view[:MiB] == DATA[:MiB]
+    region.close()
+
+
+def test_a_storage_process_dies_under_a_ring(fresh: LocalCluster) -> None:
+    place = fresh.mount / "file"
+    place.write_bytes(DATA)
+    with Connection(fresh.mount) as daemon, place.open("r+b") as opened, Ring(daemon) as ring:
+        file, region = daemon.file(opened), daemon.region(2 * MiB)
+        for turn in range(30):
+            if turn == 10:
+                fresh.kill("storage1")
+            parts = [(file, 8192 * i, region.slice(8192 * i, 8192)) for i in range(128)]
+            assert ring.read_many(parts, 30) == [8192] * 128
+            assert region.view[:MiB] == DATA[:MiB]
+            assert ring.write_many([(file, 4 * MiB, region.slice(0, 4096))], 30) == [4096]
+        region.close()
