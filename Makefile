@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml $(wildcard runtime/*.c client/*.c client/native/*.c) deploy/install.sh
 
-.PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
+.PHONY: libemberfs fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -70,6 +70,9 @@ demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch 
 
 bench: $(VENV)/installed-test  ## figures, limits and ratios
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+libemberfs:                    ## the C library of rings, with its header (PREFIX=/usr/local)
+	@deploy/build_library.sh $(or $(PREFIX),$(VENV))
 
 proto: $(VENV)/installed-test  ## regenerate the gRPC stubs
 	@out=$$(mktemp -d) && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I tests/typecheck --python_out=$$out \
