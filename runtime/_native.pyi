@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+
 from typing_extensions import Buffer
 
 def crc32c_blocks(data: Buffer, block_bytes: int, /) -> bytes: ...
+def read_checked(jobs: Sequence[tuple[int, int, bytes, int, int, memoryview]], /) -> bytes: ...

@@ -38,6 +38,10 @@ class DiskFile(Protocol):
         """Current length of the file."""
         ...
 
+    def fileno(self) -> int:
+        """A descriptor for reads in one compiled call (checkedread.py); -1 if there is none."""
+        ...
+
     def datasync(self) -> None:
         """fdatasync. After an error the caller must not trust the file any more. Blocks."""
         ...

@@ -60,6 +60,10 @@ class RealFile:
             return count
         return -1
 
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write everything, in order."""
         pending = [view for view in views if len(view)]

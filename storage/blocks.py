@@ -105,6 +105,11 @@ class BlockFiles:
         except OSError as problem:
             raise disk_error(problem, "reading a block") from None
 
+    def descriptor(self, position: int) -> tuple[int, int]:
+        """Where a block is: a file descriptor, -1 if there is none, and the offset of the block."""
+        size_class, start = place_of(position)
+        return self._files[size_class].fileno(), start
+
     def is_cached(self, position: int) -> bool:
         """Tell whether a block's beginning is in memory."""
         probe = memoryview(bytearray(1))

@@ -22,6 +22,7 @@ from emberfs.storage.blocks import BlockFiles, disk_error, record_reserve_bytes
 from emberfs.storage.content import Outcome, View, read_unverified, read_view
 from emberfs.storage.flush import Flusher
 from emberfs.storage.leaks import Leaks
+from emberfs.storage.plainread import PlainReads
 from emberfs.storage.records import (
     CHECKSUM_BYTES,
     ChunkRecord,
@@ -110,6 +111,7 @@ class ChunkStore:
         self._preparer = Preparer(table, files, self.damaged)
         self._flusher = Flusher(table, files)
         self._leaks = Leaks(table)
+        self.plain = PlainReads(table, files)
 
     # ------------------------------------------------------------ life
 

@@ -16,6 +16,7 @@ from emberfs.proto.storage_calls import (
     pack_read_results,
     unpack_read_ops,
 )
+from emberfs.runtime.checkedread import DONE, CheckedRead, read_checked
 from emberfs.runtime.env import Env
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.links import Links
@@ -28,6 +29,7 @@ from emberfs.storage.metrics import (
 )
 from emberfs.storage.readrule import ABSENT, AGAIN, ReadPlan, plan_read, settle_read
 from emberfs.storage.replica import TargetReplica
+from emberfs.storage.storeface import Plain
 
 DISPUTE_NS_MAX = 2 * SECOND  # then the client is sent to another replica
 _AGAIN_PAUSE_NS = 1 * MS
@@ -112,22 +114,64 @@ class Reader:
         results: list[ReadResult | None],
     ) -> tuple[list[int], list[int]]:
         """Read what is in memory; return the places of cold and of disputed chunks."""
-        cold: list[int] = []
+        others: list[int] = []
         disputed: list[int] = []
+        reads: list[CheckedRead] = []
+        versions: list[tuple[int, int]] = []  # place and version of each of `reads`
+        tokens: dict[Plain, int] = {}
         admitted: dict[tuple[TargetId, ChainVersion], TargetReplica] = {}
-        for i, operation in enumerate(operations):
-            target, chain_version, chunk, offset, length, _ = operation
-            sink = sinks[i]
-            try:
-                # Nothing is awaited in this loop, so what holds for a target goes on to hold.
-                replica = admitted.get((target, chain_version))
-                if replica is None or length != len(sink):
-                    replica = admitted[target, chain_version] = self._replica(operation, sink)
+        try:
+            for i, (operation, sink) in enumerate(zip(operations, sinks, strict=True)):
+                target, chain_version, chunk, offset, length, _ = operation
+                try:
+                    # Nothing is awaited here, so what holds for a target goes on to hold.
+                    replica = admitted.get((target, chain_version))
+                    if replica is None or length != len(sink):
+                        replica = admitted[target, chain_version] = self._replica(operation, sink)
+                except EmberfsError as problem:
+                    results[i] = self._failed(operation, problem)
+                    continue
                 if replica.is_disputed(chunk):
                     disputed.append(i)
                     continue
-                outcome = replica.store.try_read_into(
-                    chunk, version=0, offset=offset, length=length, sink=sink
+                plain = replica.store.plain
+                if plain not in tokens:
+                    tokens[plain] = plain.begin()
+                found = plain.look(chunk, offset, length)
+                if found is None:
+                    others.append(i)
+                else:
+                    reads.append((*found[:5], sink))
+                    versions.append((i, found[5]))
+            states = read_checked(reads) if reads else b""
+        finally:
+            for plain, token in tokens.items():
+                plain.end(token)
+        for state, (i, version) in zip(states, versions, strict=True):
+            if state == DONE:
+                results[i] = ReadResult(0, operations[i].length, version)
+            else:
+                others.append(i)
+        return self._look_closer(others, operations, sinks, results), disputed
+
+    def _look_closer(
+        self,
+        places: Sequence[int],
+        operations: Sequence[ReadOp],
+        sinks: Sequence[memoryview],
+        results: list[ReadResult | None],
+    ) -> list[int]:
+        """Read one by one what is not plain, or what was not read; return what is cold."""
+        cold: list[int] = []
+        for i in places:
+            operation = operations[i]
+            try:
+                outcome = self._opened(operation.target).store.try_read_into(
+                    operation.chunk,
+                    version=0,
+                    offset=operation.offset,
+                    length=operation.length,
+                    sink=sinks[i],
                 )
             except EmberfsError as problem:
                 results[i] = self._failed(operation, problem)
@@ -136,7 +180,7 @@ class Reader:
                 cold.append(i)
             else:
                 results[i] = ReadResult(0, outcome.length, outcome.version)
-        return cold, disputed
+        return cold
 
     def _read_cold(
         self,

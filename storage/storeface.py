@@ -46,8 +46,31 @@ class Findings(Protocol):
         ...
 
 
+class Plain(Protocol):
+    """See plainread.PlainReads."""
+
+    def begin(self) -> int:
+        """Before the first look; until `end` no block that was looked at is used anew."""
+        ...
+
+    def end(self, token: int) -> None:
+        """The reads are over."""
+        ...
+
+    def look(
+        self, chunk: ChunkId, offset: int, length: int
+    ) -> tuple[int, int, bytes, int, int, int] | None:
+        """How a read is done in one call with others; None: by try_read_into."""
+        ...
+
+
 class Store(Protocol):
     """What replication needs of chunks.ChunkStore."""
+
+    @property
+    def plain(self) -> Plain:
+        """Reads of a batch that are done in one call."""
+        ...
 
     @property
     def used_bytes(self) -> int:

@@ -244,6 +244,10 @@ class OpenSimFile:
             view[len(found) : end] = bytes(end - len(found))
         return max(end, len(found))
 
+    def fileno(self) -> int:
+        """None: reads go one by one."""
+        return -1
+
     def read_cached_into(self, view: memoryview, offset: int) -> int:
         """As read_into, or -1."""
         self._disk.step()

@@ -63,6 +63,9 @@ class FakeFile:
 
     read_cached_into = read_into
 
+    def fileno(self) -> int:
+        return -1
+
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         content = b"".join(views)
         try:

@@ -52,6 +52,7 @@ class Gate:
 
         monkeypatch.setattr(store, "read_into", slow)
         monkeypatch.setattr(store, "try_read_into", lambda *args, **options: None)
+        monkeypatch.setattr(store.plain, "look", lambda *args: None)
 
     async def reached(self) -> None:
         for _ in range(400):
