@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from emberfs.client.control import Control
+from emberfs.deploy import bench_command, local_cluster, meta_store, processes, tree_commands
 from emberfs.deploy import doctor as doctor_checks
-from emberfs.deploy import local_cluster, meta_store, processes, tree_commands
 from emberfs.deploy.command import HERE, Directory, connect, fail, inside, perform, plan_of, say
 from emberfs.deploy.fsck import GRACE_NS, Options, Report, check
 from emberfs.deploy.plan import Plan, load_plan, write_plan
@@ -305,6 +305,7 @@ def meta_load(
 
 
 tree_commands.register(app)
+bench_command.register(app)
 
 
 def main() -> None:

@@ -49,6 +49,14 @@ def test_status_shows_nodes_chains_targets_and_transports(shared: LocalCluster) 
     assert "processes" in text
 
 
+def test_bench_says_what_the_limit_is(shared: LocalCluster) -> None:
+    said = " ".join(shared.emberfs("bench", "--seconds", "0.2").stdout.split())
+    for stage in ("memory copy", "disk", "network", "write 1 MiB", "read 1024 KiB", "read 4 KiB"):
+        assert stage in said
+    assert "limit" in said.rsplit("│", 1)[-1]
+    assert ".emberfs-bench" not in os.listdir(shared.mount)
+
+
 def test_memory_of_all_processes(shared: LocalCluster) -> None:
     names = [*shared.plan.service_names(), "fuse"]
     assert sum(resident_bytes(shared.pid(name)) for name in names) < 600 << 20
