@@ -71,7 +71,8 @@ def _plain(ranges: Sequence[Range]) -> tuple[list[int], list[int]]:
         end = ends.get(file)
         if end is None:
             end = ends[file] = file.state.length if file.reads_plainly() else -1
-        if offset >= 0 and offset + length_of(memory) <= end and length_of(memory):
+        length = length_of(memory)
+        if offset >= 0 and offset + length <= end and length:
             plain.append(place)
         else:
             others.append(place)

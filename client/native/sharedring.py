@@ -59,7 +59,7 @@ class SharedRing:
         for first, some in layout.runs(self._taken, count, self.entries):
             at = layout.HEADER_BYTES + first * SUBMISSION.size
             copy = bytes(self._view[at : at + some * SUBMISSION.size])  # checked and used: this
-            found.extend(map(Submission._make, SUBMISSION.iter_unpack(copy)))
+            found.extend(SUBMISSION.iter_unpack(copy))
         self._taken = (self._taken + count) % WRAP
         self.under_way += count
         store_then_load(self._view, layout.SQ_HEAD, self._taken, layout.SQ_TAIL)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from emberfs.client.native import layout, messages
 from emberfs.client.native._ring import load, spin, store_then_load
-from emberfs.client.native.layout import COMPLETION, SUBMISSION, WRAP, Submission
+from emberfs.client.native.layout import COMPLETION, SUBMISSION, WRAP
 from emberfs.client.native.messages import Answer, Kind, Request, RingTerms
 from emberfs.client.native.scheduler import BATCH_MAX, UNDER_WAY_MAX, Scheduler
 from emberfs.client.native.sharedring import SharedRing
@@ -61,7 +61,7 @@ def test_entries_come_out_once_and_in_order_over_every_wrap(index):
         writer.submit(range(sent, sent + some))
         sent += some
         taken = ring.take(dice.randrange(9))
-        under_way += [entry.user_data for entry in taken]
+        under_way += [entry[0] for entry in taken]
         some = dice.randrange(len(under_way) + 1)
         ring.tell([(number, -number) for number in under_way[:some]])
         del under_way[:some]
@@ -80,7 +80,7 @@ def test_the_bell_is_asked_for_and_nothing_is_missed():
     assert not ring.sleep()  # something waits already
     ring.wake()
     assert not writer.submit([2])
-    assert [entry.user_data for entry in ring.take(9)] == [1, 2]
+    assert [entry[0] for entry in ring.take(9)] == [1, 2]
     layout.WORD.pack_into(ring._view, layout.WANT, 2)
     store_then_load(ring._view, layout.WAITS, 1, layout.CQ_TAIL)
     assert not ring.tell([(1, 1)])
@@ -139,7 +139,7 @@ class Ring:
     def take(self, count):
         some = min(count, self.left)
         self.left -= some
-        return [Submission(0, 0, 0, 0, 0, 1, 0)] * some
+        return [(0, 0, 0, 0, 0, 1, 0, 0)] * some
 
     async def perform(self, entries):
         self.done.append((self.name, len(entries)))
