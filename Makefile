@@ -5,10 +5,10 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml runtime/_native.c client/_statfs.c deploy/install.sh
 
-.PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
+.PHONY: fuzz sim sim-long model kill-matrix hf3fs up down clean-data status install test check unit integration demo bench proto help
 
 help:            ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
 
 up: $(VENV)/installed          ## install what is missing, start a 3-replica cluster, mount it (MOUNT=dir)
 	@$(BIN)/emberfs up --mount $(MOUNT)
@@ -31,6 +31,10 @@ $(VENV)/installed: $(INPUTS)
 $(VENV)/installed-test: $(INPUTS)
 	@deploy/install.sh $(VENV) test
 	@touch $(VENV)/installed $@
+
+hf3fs: $(VENV)/installed       ## install what programs of 3FS import and link against (docs/hf3fs.md)
+	@build=$$(mktemp -d) && trap 'rm -r "$$build"' EXIT && cp -r deploy/hf3fs "$$build" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps "$$build/hf3fs"
 
 test: check                    ## the whole test suite: checks, unit, simulation, model, fuzz, real processes
 	@$(BIN)/pytest -n auto --dist worksteal $(PYTEST_FLAGS) $(PURE_TESTS)

@@ -7,6 +7,7 @@ between both through rings (`make_ioring`). Failures are OSError with errno.
 import os
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -81,19 +82,30 @@ class ioring:  # noqa: N801
         return hf3fs_py_usrbio.ioring.size_for_entries(entries)
 
     def prepare(
-        self, iov: "iovec | hf3fs_py_usrbio.iovec", *args: Any, **kwargs: Any
+        self,
+        iov: "iovec | hf3fs_py_usrbio.iovec",
+        read: bool,
+        fd: int,
+        off: int,
+        userdata: object = None,
     ) -> hf3fs_py_usrbio.ioring:
-        """Note an I/O: (iov, read, fd, off, userdata=None); see hf3fs_py_usrbio.ioring."""
+        """Note an I/O; see hf3fs_py_usrbio.ioring, which is what it returns."""
         native = iov.iov if isinstance(iov, iovec) else iov
-        return self.ior.prepare(native, *args, **kwargs)
+        return self.ior.prepare(native, read, fd, off, userdata)
 
     def submit(self) -> hf3fs_py_usrbio.ioring:
         """Start what was prepared."""
         return self.ior.submit()
 
-    def wait(self, *args: Any, **kwargs: Any) -> list[hf3fs_py_usrbio.iovec]:
-        """Hand back what is finished: (*, max_results=0, min_results=0, timeout=None)."""
-        return self.ior.wait(*args, **kwargs)
+    def wait(
+        self,
+        *,
+        max_results: int = 0,
+        min_results: int = 0,
+        timeout: timedelta | float | None = None,
+    ) -> list[hf3fs_py_usrbio.iovec]:
+        """Hand back what is finished; see hf3fs_py_usrbio.ioring."""
+        return self.ior.wait(max_results=max_results, min_results=min_results, timeout=timeout)
 
 
 def _link_directory(hf3fs_mount_point: str) -> str:
@@ -116,14 +128,17 @@ def make_iovec(
 ) -> iovec:
     """Make a buffer of shared memory, whose name may be unlinked at once afterwards.
 
-    Raises OSError if its link cannot be made.
+    Raises OSError if its link cannot be made, ValueError for memory that is closed.
     """
+    memory = shm.buf
+    if memory is None:
+        raise ValueError(f"{shm.name}: this shared memory is closed")
     name = str(uuid.uuid4())
     suffix = f".b{block_size}" if block_size > 0 else ""
     link = os.path.join(_link_directory(hf3fs_mount_point), name + suffix)
     os.symlink(os.path.normpath(f"{_MEMORY}/{shm.name}"), link)
     try:
-        native = hf3fs_py_usrbio.iovec(shm.buf, name, hf3fs_mount_point, block_size, numa)
+        native = hf3fs_py_usrbio.iovec(memory, name, hf3fs_mount_point, block_size, numa)
     except BaseException:
         os.unlink(link)
         raise
@@ -190,6 +205,8 @@ def _read_blocks(
 ) -> bytes | None:
     iov = make_iovec(shm, mount_point)
     ring = make_ioring(mount_point, 1, True, 0, priority)
+    memory = shm.buf
+    assert memory is not None
     blocks: list[bytes] = []
     while True:
         ring.prepare(iov, True, fd, off)
@@ -199,7 +216,7 @@ def _read_blocks(
         if got == 0:
             break
         answer = None
-        with shm.buf[:got] as block:  # released also when cb fails, or close() would fail
+        with memory[:got] as block:  # released also when cb fails, or close() would fail
             if cb is None:
                 blocks.append(bytes(block))
             else:

@@ -7,13 +7,16 @@ while slices of it are still around, and Python would refuse (BufferError).
 import ctypes
 import os
 import uuid
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 from hf3fs_py_usrbio._library import Iov, check, lib
 from hf3fs_py_usrbio._window import Window
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
-def _place(buffer: Any) -> tuple[int, int]:
+
+def _place(buffer: "Buffer") -> tuple[int, int]:
     """Address and bytes of a writable contiguous buffer, which is not held any longer."""
     view = memoryview(buffer)
     try:
@@ -34,7 +37,7 @@ class iovec(Window):  # noqa: N801
 
     def __init__(
         self,
-        base: Any,
+        base: "Buffer",
         id: str,  # noqa: A002
         hf3fs_mount_point: str,
         block_size: int = 0,
@@ -46,9 +49,7 @@ class iovec(Window):  # noqa: N801
         iov = Iov()
         mount_point = os.fsencode(hf3fs_mount_point)
         check(
-            lib.hf3fs_iovwrap(
-                ctypes.byref(iov), address, raw, mount_point, size, block_size, numa
-            )
+            lib.hf3fs_iovwrap(ctypes.byref(iov), address, raw, mount_point, size, block_size, numa)
         )
         self._become(iov, address, size)
 
@@ -74,7 +75,7 @@ class iovec(Window):  # noqa: N801
             raise ValueError("a slice of a buffer has step 1")
         return self._part(start, stop)
 
-    def slice_by(self, buf: Any) -> Self:
+    def slice_by(self, buf: "Buffer") -> Self:
         """The part that `buf`, a view of the same memory, covers. Raises IndexError outside."""
         address, size = _place(buf)
         start = address - self._address
@@ -88,7 +89,7 @@ class iovec(Window):  # noqa: N801
         return self._result
 
     @property
-    def userdata(self) -> Any:
+    def userdata(self) -> object:
         """What was given to prepare(); None before completion."""
         return self._userdata
 

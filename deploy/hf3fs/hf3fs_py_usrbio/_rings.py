@@ -4,18 +4,19 @@ import ctypes
 import itertools
 import os
 from datetime import timedelta
-from time import clock_gettime_ns
-from typing import Any, Self
+from time import CLOCK_REALTIME, clock_gettime_ns
+from typing import Self
 
 from hf3fs_py_usrbio._buffers import iovec
 from hf3fs_py_usrbio._library import Cqe, Ior, Timespec, check, error, lib
 
 _S_IN_NS = 1_000_000_000
+_ROUND_NS = 500_000_000
 _FOREVER_S = 1e9  # a generation; beyond it the clock's numbers end
 
 
-def _deadline(timeout: timedelta | float | None) -> Timespec | None:
-    """The time of CLOCK_REALTIME at which a wait ends, as the C library takes it."""
+def _deadline_ns(timeout: timedelta | float | None) -> int | None:
+    """The time of CLOCK_REALTIME at which a wait ends, None if never."""
     if timeout is None:
         return None
     if isinstance(timeout, timedelta):
@@ -28,8 +29,11 @@ def _deadline(timeout: timedelta | float | None) -> Timespec | None:
         )
     if seconds >= _FOREVER_S:
         return None
-    ns = clock_gettime_ns(0) + int(max(seconds, 0.0) * _S_IN_NS)  # 0: CLOCK_REALTIME
-    return Timespec(*divmod(ns, _S_IN_NS))
+    return _now_ns() + int(max(seconds, 0.0) * _S_IN_NS)
+
+
+def _now_ns() -> int:
+    return clock_gettime_ns(CLOCK_REALTIME)  # the clock of the C interface
 
 
 class ioring:  # noqa: N801
@@ -52,7 +56,7 @@ class ioring:  # noqa: N801
         self._entries = entries
         self._for_read = for_read
         # By token: the object and its userdata, from prepare() to wait().
-        self._pending: dict[int, tuple[iovec, Any]] = {}
+        self._pending: dict[int, tuple[iovec, object]] = {}
         self._tokens = itertools.count(1)
         mount_point = os.fsencode(hf3fs_mount_point)
         milliseconds = 0 if timeout is None else timeout
@@ -73,7 +77,7 @@ class ioring:  # noqa: N801
         """How many were asked for."""
         return self._entries
 
-    def prepare(self, iov: iovec, read: bool, fd: int, off: int, userdata: Any = None) -> Self:
+    def prepare(self, iov: iovec, read: bool, fd: int, off: int, userdata: object = None) -> Self:
         """Note an I/O between all of `iov` and the file at byte `off`.
 
         Raises OSError: EINVAL (direction, empty), EBADF (not registered), EACCES (not opened for
@@ -117,29 +121,32 @@ class ioring:  # noqa: N801
         Up to `max_results` that are ready then come along, in the order of completion. With neither
         given it looks for one and does not wait. A time that is over is no error.
         """
-        deadline = _deadline(timeout)
+        deadline_ns = _deadline_ns(timeout)
         most = max(max_results, min_results)
         if most <= 0:
             most, min_results = 1, 0
-        room = min(most, max(self._entries, 1))
-        cqes = (Cqe * room)()
+        cqes = (Cqe * min(most, max(self._entries, 1)))()
         found: list[iovec] = []
-        while len(found) < most:
-            # More than a ring holds are gathered in rounds; another thread prepares meanwhile.
-            least = max(0, min(min_results - len(found), room))
-            count = check(
-                lib.hf3fs_wait_for_ios(
-                    self._at,
-                    cqes,
-                    min(room, most - len(found)),
-                    least,
-                    None if deadline is None else ctypes.addressof(deadline),
-                )
-            )
-            found += [self._finish(cqe) for cqe in cqes[:count]]
-            if count < max(least, 1):
-                break
-        return found
+        while True:
+            # In rounds: handlers of signals run in between (Ctrl-C), and more results than a ring
+            # holds are gathered while another thread prepares.
+            until_ns = _now_ns() + _ROUND_NS
+            if deadline_ns is not None:
+                until_ns = min(until_ns, deadline_ns)
+            least = max(0, min_results - len(found))
+            found += self._reap(cqes, most - len(found), least, until_ns)
+            if len(found) >= min_results:
+                return found
+            if deadline_ns is not None and _now_ns() >= deadline_ns:
+                return found
+
+    def _reap(self, cqes: "ctypes.Array[Cqe]", most: int, least: int, until_ns: int) -> list[iovec]:
+        room = min(most, len(cqes))
+        until = Timespec(*divmod(until_ns, _S_IN_NS))
+        count = check(
+            lib.hf3fs_wait_for_ios(self._at, cqes, room, min(least, room), ctypes.addressof(until))
+        )
+        return [self._finish(cqe) for cqe in cqes[:count]]
 
     def _finish(self, cqe: Cqe) -> iovec:
         iov, userdata = self._pending.pop(cqe.userdata)
