@@ -44,7 +44,7 @@ def force_fsync(fd: int) -> int:
     """Make what was written durable, and the length exact for everybody. Returns 0 or -1."""
     try:
         os.fsync(fd)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a negative number
         return -1
     return 0
 

@@ -157,6 +157,7 @@ static bool start_thread(void) {
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
   pthread_attr_setstacksize(&attributes, STACK_BYTES);
   bool started = pthread_create(&thread, &attributes, work, NULL) == 0;
+  if (started) pthread_setname_np(thread, "hf3fs-io"); /* we hold the lock: it has not ended */
   pthread_attr_destroy(&attributes);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   return started;
