@@ -387,7 +387,7 @@ def threads() -> int:
 
 
 def test_what_a_killed_program_leaves_is_swept(mp: str) -> None:
-    """Memory of a killed program goes when the next one makes a buffer; a live one keeps its own."""
+    """Memory of a killed program goes when the next one makes a buffer; not that of a live one."""
     program = f"""
 import ctypes, time
 from hf3fs_py_usrbio._library import lib, Iov
