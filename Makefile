@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml runtime/_native.c client/_statfs.c deploy/install.sh
 
-.PHONY: fuzz sim sim-long model kill-matrix hf3fs up down clean-data status install test check unit integration demo bench proto help
+.PHONY: fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test check unit integration demo bench proto help
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -68,6 +68,9 @@ model: $(VENV)/installed-test  ## the chain protocol in spin, exhaustively for t
 kill-matrix: $(VENV)/installed-test  ## kill and freeze every role of a real cluster under load (REPEAT=20 ROLES= SIGNALS=)
 	@PYTHONPATH=tests $(BIN)/python tests/integration/kill_matrix.py $(or $(REPEAT),20) $(or $(SEED),1) \
 	  $(or $(ROLES),head,middle,tail,meta,mgmtd) $(or $(SIGNALS),kill,freeze)
+
+test-hf3fs-clients: $(VENV)/installed-test  ## programs made for 3FS, unmodified, on a cluster (network, 2 GB; WHERE=dir keeps them)
+	@$(BIN)/python tests/hf3fs_clients/run_clients.py $(WHERE)
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py
