@@ -80,6 +80,28 @@ static void registering(int fd) {
   hf3fs_dereg_fd(fd);
 }
 
+/* A number that was closed while it was registered, and came back as another file. */
+static void forgotten(const char *path) {
+  char other[5000];
+  snprintf(other, sizeof other, "%s.other", path);
+  int fd = open(path, O_RDWR);
+  CHECK(hf3fs_reg_fd(fd, 0) < 0, 1);
+  CHECK(close(fd), 0);
+  CHECK(open(path, O_RDWR), fd);
+  CHECK(hf3fs_reg_fd(fd, 0), EINVAL); /* the same file: still registered */
+  CHECK(close(fd), 0);
+  CHECK(open(other, O_RDWR | O_CREAT, 0600), fd);
+  int handle = hf3fs_reg_fd(fd, 0);
+  CHECK(handle < 0, 1);
+  struct stat one, two;
+  CHECK(fstat(fd, &one) || fstat(-handle, &two), 0);
+  CHECK(one.st_ino == two.st_ino, 1);
+  hf3fs_dereg_fd(handle); /* by its second name */
+  CHECK(hf3fs_reg_fd(fd, 0) < 0, 1);
+  hf3fs_dereg_fd(fd);
+  close(fd), unlink(other);
+}
+
 static void refusals(int fd, const char *path) {
   struct hf3fs_iov iov;
   struct hf3fs_ior reading, writing;
@@ -356,6 +378,7 @@ int main(int argc, char **argv) {
   CHECK(fd >= 0, 1);
   mounts(argv[1]);
   registering(fd);
+  forgotten(path);
   creating();
   refusals(fd, path);
   sharing();

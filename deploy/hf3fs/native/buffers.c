@@ -17,6 +17,7 @@
 #define MEMORY_DIRECTORY "/dev/shm"
 #define MEMORY_PREFIX "emberfs-iov-"
 #define ATTEMPTS 16
+#define RESERVE_ATTEMPTS 1000
 
 struct buffer {
   bool owner;
@@ -91,6 +92,15 @@ static void sweep_all(void) {
   sweep_links();
 }
 
+static bool reserve(int fd, size_t size) {
+  if (size > INT64_MAX) return false;
+  for (int attempt = 0; attempt < RESERVE_ATTEMPTS; attempt++) {
+    int problem = posix_fallocate(fd, 0, (off_t)size);
+    if (problem != EINTR) return problem == 0; /* a program with timers has signals all the time */
+  }
+  return false;
+}
+
 /* Returns the descriptor of fresh memory of that size, locked; -errno. All of it is reserved now:
  * /dev/shm may be small, and who touched what is not there would be killed. */
 static int make_memory(struct buffer *buffer, uint8_t id[16], size_t size) {
@@ -105,7 +115,7 @@ static int make_memory(struct buffer *buffer, uint8_t id[16], size_t size) {
     if (fd < 0) return -EIO;
     /* Somebody's sweep may have come between: then the name is gone, and we take another. */
     bool ours = flock(fd, LOCK_SH | LOCK_NB) == 0 && fstat(fd, &made) == 0 && made.st_nlink > 0;
-    if (ours && size <= INT64_MAX && posix_fallocate(fd, 0, (off_t)size) == 0) return fd;
+    if (ours && reserve(fd, size)) return fd;
     if (ours) unlink(buffer->memory);
     close(fd);
     if (ours) return -EIO;

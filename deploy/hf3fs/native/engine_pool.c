@@ -38,7 +38,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static bool ready; /* once has happened */
 static pthread_cond_t wake; /* on CLOCK_MONOTONIC */
 static struct list pending[PRIORITIES];
-static int pending_count, threads, idle, picks;
+static int pending_count, threads, threads_allowed, idle, picks;
 static struct engine_queue *queues;
 
 static void clear(struct list *list) {
@@ -67,17 +67,13 @@ static void make_wake(void) {
 }
 
 static void start_empty(void) {
+  const char *setting = getenv("EMBERFS_HF3FS_THREADS");
+  int count = setting ? atoi(setting) : 0;
+  threads_allowed = count < 1 ? THREADS_DEFAULT : count < THREADS_MAX ? count : THREADS_MAX;
   make_wake();
   for (int i = 0; i < PRIORITIES; i++) clear(&pending[i]);
   pending_count = threads = idle = 0;
   ready = true;
-}
-
-static int threads_allowed(void) {
-  const char *setting = getenv("EMBERFS_HF3FS_THREADS");
-  int count = setting ? atoi(setting) : 0;
-  if (count < 1) return THREADS_DEFAULT;
-  return count < THREADS_MAX ? count : THREADS_MAX;
 }
 
 static struct engine_io *pick(void) {
@@ -181,7 +177,6 @@ static struct engine_queue *pool_open(enum engine_priority priority) {
 }
 
 static void pool_submit(struct engine_queue *queue, struct engine_io *batch) {
-  int allowed = threads_allowed();
   pthread_mutex_lock(&lock);
   for (struct engine_io *io = batch, *next; io; io = next) {
     next = io->next;
@@ -190,7 +185,7 @@ static void pool_submit(struct engine_queue *queue, struct engine_io *batch) {
     pending_count++;
   }
   for (int i = pending_count < idle ? pending_count : idle; i > 0; i--) pthread_cond_signal(&wake);
-  for (int missing = pending_count - idle; missing > 0 && threads < allowed; missing--) {
+  for (int missing = pending_count - idle; missing > 0 && threads < threads_allowed; missing--) {
     if (!start_thread()) break;
     threads++;
   }

@@ -19,6 +19,7 @@ struct table {
   int count;
 };
 static struct table by_fd, by_handle;
+static struct registered_file *released;
 
 static struct registered_file *look_up(const struct table *table, int number) {
   return number >= 0 && number < table->count ? table->rows[number] : NULL;
@@ -46,9 +47,23 @@ struct registered_file *find_file(int fd) {
 
 void release_file(struct registered_file *file) {
   if (--file->references > 0) return;
-  if (file->io_fd != file->handle) close(file->io_fd);
-  close(file->handle);
-  free(file);
+  file->next = released;
+  released = file;
+}
+
+struct registered_file *take_released(void) {
+  struct registered_file *files = released;
+  released = NULL;
+  return files;
+}
+
+void close_files(struct registered_file *files) {
+  for (struct registered_file *file = files, *next; file; file = next) {
+    next = file->next;
+    if (file->io_fd != file->handle) close(file->io_fd);
+    close(file->handle);
+    free(file);
+  }
 }
 
 static void forget(struct registered_file *file) {
@@ -80,10 +95,25 @@ static int open_for_io(struct registered_file *file, int flags) {
   return 0;
 }
 
+/* Somebody closed the number without saying so, and it has come back as another file. */
+static bool is_stale(const struct registered_file *before, const struct registered_file *now) {
+  struct statx one, other;
+  int flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC;
+  if (statx(before->handle, "", flags, STATX_INO, &one) != 0) return false;
+  if (statx(now->handle, "", flags, STATX_INO, &other) != 0) return false;
+  return one.stx_ino != other.stx_ino || one.stx_dev_major != other.stx_dev_major ||
+         one.stx_dev_minor != other.stx_dev_minor;
+}
+
 static int note(struct registered_file *file) {
   lock_state();
   int problem = 0;
-  if (look_up(&by_fd, file->fd)) {
+  struct registered_file *before = look_up(&by_fd, file->fd);
+  if (before && is_stale(before, file)) {
+    forget(before);
+    before = NULL;
+  }
+  if (before) {
     problem = EINVAL;
   } else if (!make_room(&by_fd, file->fd) || !make_room(&by_handle, file->handle)) {
     problem = ENOMEM;
@@ -112,7 +142,8 @@ EXPORTED int hf3fs_reg_fd(int fd, uint64_t flags) {
   int handle = file->handle;
   problem = note(file);
   if (!problem) return -handle;
-  release_file(file);
+  file->next = NULL;
+  close_files(file);
   return problem;
 }
 

@@ -7,7 +7,11 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 void lock_state(void) { pthread_mutex_lock(&state_lock); }
 
-void unlock_state(void) { pthread_mutex_unlock(&state_lock); }
+void unlock_state(void) {
+  struct registered_file *released = take_released();
+  pthread_mutex_unlock(&state_lock);
+  close_files(released);
+}
 
 static void before_fork(void) {
   lock_state();
