@@ -25,17 +25,17 @@ def key(number: int) -> CacheEngineKey:
 
 
 async def use(connector: Any, backend: LocalCPUBackend, place: Path) -> None:
-    contents = {}
+    chunks, contents = {}, {}
     for number in range(CHUNKS):
         tokens = 256 if number % 3 else 31 + number  # the last chunk of a text is shorter
         shape = torch.Size((2, 4, tokens, 512))
         made = backend.allocate(shape, torch.bfloat16, MemoryFormat.KV_2LTD)
         assert made is not None
         made.tensor.copy_(torch.randn(shape))
-        contents[number] = made
+        chunks[number], contents[number] = made, made.tensor.clone()
     assert not await connector.exists(key(0))
     assert await connector.get(key(0)) is None
-    await asyncio.gather(*(connector.put(key(n), made) for n, made in contents.items()))
+    await asyncio.gather(*(connector.put(key(n), made) for n, made in chunks.items()))  # takes them
     names = [path.name for path in place.rglob("*") if path.is_file()]
     assert len(names) == CHUNKS, names
     assert not [name for name in names if "tmp" in name], "every file has its final name"
@@ -44,10 +44,8 @@ async def use(connector: Any, backend: LocalCPUBackend, place: Path) -> None:
     found = await asyncio.gather(*(connector.get(key(number)) for number in contents))
     for number, got in enumerate(found):
         assert got is not None, f"chunk {number} was not read"
-        assert torch.equal(got.tensor, contents[number].tensor), f"chunk {number} differs"
+        assert torch.equal(got.tensor, contents[number]), f"chunk {number} differs"
         got.ref_count_down()
-    for made in contents.values():
-        made.ref_count_down()
     await connector.close()
 
 

@@ -6,6 +6,7 @@
 import importlib
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -303,6 +304,34 @@ def test_io_goes_on_when_a_storage_service_dies(io: Any, fresh: LocalCluster) ->
     os.close(fd)
     fresh.start(victim)
     wait_until(lambda: "serving" in fresh.status(), 30)
+
+
+def test_closing_a_file_holds_no_ring_up(io: Any, fresh: LocalCluster) -> None:
+    """Closing waits for the mount's daemon, which here stands still; other files and rings do not."""
+    mp = str(fresh.mount)
+    ring = io.make_ioring(mp, 4)
+    fds = [os.open(fresh.mount / name, os.O_RDWR | os.O_CREAT) for name in ("one", "two")]
+    for fd in fds:
+        io.register_fd(fd)
+        os.write(fd, b"x")
+    daemon = fresh.pid("fuse")
+    closing = threading.Thread(target=io.deregister_fd, args=(fds[0],))
+    asked = threading.Thread(target=lambda: [ring.wait() for _ in range(100)])
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        closing.start()
+        closing.join(0.5)
+        assert closing.is_alive(), "this mount closes without its daemon: the test shows nothing"
+        asked.start()
+        asked.join(10)
+        assert not asked.is_alive()
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+        closing.join(60)
+        asked.join(60)
+        io.deregister_fd(fds[1])
+        for fd in fds:
+            os.close(fd)
 
 
 def test_the_cluster_is_clean_afterwards(shared: LocalCluster) -> None:
