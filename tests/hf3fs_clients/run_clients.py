@@ -53,10 +53,17 @@ def install(directory: Path) -> Path:
     return python
 
 
-def run_all(python: Path) -> int:
+def run_all(python: Path, directory: Path) -> int:
     """Run every client; returns how many failed."""
     failed = 0
-    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    left = directory / "left"  # what the clients compile and count stays out of the user's home
+    environment = {
+        **os.environ,
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "TORCH_EXTENSIONS_DIR": str(left / "extensions"),
+        "PROMETHEUS_MULTIPROC_DIR": str(left / "prometheus"),
+    }
+    (left / "prometheus").mkdir(parents=True, exist_ok=True)
     with local_cluster() as cluster:
         cluster.up()
         for script, name in CLIENTS.items():
@@ -86,9 +93,9 @@ def main() -> None:
     if len(sys.argv) > 1:
         directory = Path(sys.argv[1]).resolve()
         directory.mkdir(parents=True, exist_ok=True)
-        sys.exit(run_all(install(directory)) > 0)
+        sys.exit(run_all(install(directory), directory) > 0)
     with tempfile.TemporaryDirectory(prefix="hf3fs-clients-") as temporary:
-        sys.exit(run_all(install(Path(temporary))) > 0)
+        sys.exit(run_all(install(Path(temporary)), Path(temporary)) > 0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifdef WITHOUT_THREADS /* a host that has no more: stands before the C library's */
+#include <pthread.h>
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *),
+                   void *argument) {
+  (void)thread, (void)attributes, (void)start, (void)argument;
+  return EAGAIN;
+}
+#endif
+
 #define CHECK(is, wanted) check(__LINE__, #is, (long long)(is), (long long)(wanted))
 #define BLOCK 65536
 #define DEPTH 8
@@ -240,6 +249,25 @@ static void appending(const char *path) {
   hf3fs_iordestroy(&ior), hf3fs_iovdestroy(&iov);
 }
 
+/* What fails midway is an error: a short count would look like the end of the file. */
+static void failing(int fd) {
+  uint8_t id[16] = {9};
+  struct hf3fs_iov iov;
+  struct hf3fs_ior reading, writing;
+  uint8_t *memory = mmap(NULL, 2 * BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(mprotect(memory + BLOCK, BLOCK, PROT_NONE), 0);
+  CHECK(hf3fs_iovwrap(&iov, memory, id, mount_point, 2 * BLOCK, 0, -1), 0);
+  CHECK(hf3fs_iorcreate(&reading, mount_point, 1, true, 0, -1), 0);
+  CHECK(hf3fs_iorcreate(&writing, mount_point, 1, false, 0, -1), 0);
+  CHECK(hf3fs_reg_fd(fd, 0) < 0, 1);
+  one(&reading, &iov, true, fd, 0, 2 * BLOCK, -EFAULT);
+  one(&writing, &iov, false, fd, 0, 2 * BLOCK, -EFAULT);
+  one(&reading, &iov, true, fd, 0, BLOCK, BLOCK);
+  hf3fs_dereg_fd(fd);
+  hf3fs_iordestroy(&reading), hf3fs_iordestroy(&writing);
+  munmap(memory, 2 * BLOCK);
+}
+
 /* Several in flight; times that are over; a handle that is posted again. */
 static void waiting(int fd) {
   uint8_t id[16] = {1, 2, 3};
@@ -384,6 +412,7 @@ int main(int argc, char **argv) {
   sharing();
   contents(fd);
   appending(path);
+  failing(fd);
   waiting(fd);
   forking(fd);
   names(path);

@@ -30,7 +30,7 @@ KiB, MiB = 1 << 10, 1 << 20
 
 @pytest.fixture
 def place(shared: LocalCluster, request: pytest.FixtureRequest) -> Path:
-    path = shared.mount / request.node.name.replace("[", "-").replace(",", "-").strip("]")
+    path = shared.mount / request.node.name.replace("[", "-").replace(" ", "-").strip("]")
     path.mkdir()
     return path
 
@@ -84,9 +84,10 @@ def failure(expected: int, call: Any, *arguments: Any, **named: Any) -> None:
     assert caught.value.strerror == os.strerror(expected)
 
 
-@pytest.mark.parametrize("sanitizer", ["", "address,undefined", "thread"])
-def test_a_c_program(place: Path, mp: str, tmp_path: Path, sanitizer: str) -> None:
-    """Everything that the header says, with the library as it is and inside of sanitizers."""
+@pytest.mark.parametrize("how", ["", "one thread", "no threads", "address,undefined", "thread"])
+def test_a_c_program(place: Path, mp: str, tmp_path: Path, how: str) -> None:
+    """Everything that the header says, also where threads are few, and inside of sanitizers."""
+    sanitizer = how if how in ("address,undefined", "thread") else ""
     program = tmp_path / "program"
     if sanitizer:
         include = SOURCE / "hf3fs_py_usrbio" / "include"
@@ -94,10 +95,12 @@ def test_a_c_program(place: Path, mp: str, tmp_path: Path, sanitizer: str) -> No
         flags = ["-std=gnu11", "-g", "-O1", f"-fsanitize={sanitizer}", "-pthread"]
         run("gcc", *flags, f"-I{include}", PROGRAM, *sources, "-o", program)
     else:
-        compile_program(PROGRAM, program, "-std=gnu11", "-O2")
+        without = ["-DWITHOUT_THREADS"] if how == "no threads" else []
+        compile_program(PROGRAM, program, "-std=gnu11", "-O2", *without)
+    threads = {"EMBERFS_HF3FS_THREADS": "1"} if how == "one thread" else {}
     done = subprocess.run(
         [program, place, mp],
-        env={**os.environ, "TSAN_OPTIONS": "die_after_fork=0:halt_on_error=1"},
+        env={**os.environ, **threads, "TSAN_OPTIONS": "die_after_fork=0:halt_on_error=1"},
         capture_output=True,
         text=True,
         timeout=150,

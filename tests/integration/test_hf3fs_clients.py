@@ -307,7 +307,7 @@ def test_io_goes_on_when_a_storage_service_dies(io: Any, fresh: LocalCluster) ->
 
 
 def test_closing_a_file_holds_no_ring_up(io: Any, fresh: LocalCluster) -> None:
-    """Closing waits for the mount's daemon, which here stands still; other files and rings do not."""
+    """Closing waits for the mount's daemon, which stands still here; other calls do not."""
     mp = str(fresh.mount)
     ring = io.make_ioring(mp, 4)
     fds = [os.open(fresh.mount / name, os.O_RDWR | os.O_CREAT) for name in ("one", "two")]
