@@ -128,6 +128,8 @@ static void refusals(int fd, const char *path) {
   CHECK(hf3fs_prep_io(&reading, NULL, true, iov.base, fd, 0, 1, NULL), -EINVAL);
   CHECK(hf3fs_prep_io(&reading, &iov, true, iov.base - 1, fd, 0, 1, NULL), -EINVAL);
   CHECK(hf3fs_prep_io(&reading, &iov, true, iov.base + 1, fd, 0, BLOCK, NULL), -EINVAL);
+  CHECK(hf3fs_prep_io(&reading, &iov, true, iov.base, fd, 0, BLOCK + 1, NULL), -EINVAL);
+  CHECK(hf3fs_prep_io(&reading, &iov, true, iov.base, fd, (size_t)1 << 63, 1, NULL), -EINVAL);
   CHECK(hf3fs_prep_io(&reading, &iov, true, iov.base + 1, fd, 0, UINT64_MAX, NULL), -EINVAL);
   CHECK(hf3fs_wait_for_ios(&reading, &cqe, 0, 0, NULL), -EINVAL);
   CHECK(hf3fs_wait_for_ios(&reading, &cqe, -1, 0, NULL), -EINVAL);
@@ -281,6 +283,7 @@ static void waiting(int fd) {
   CHECK(hf3fs_reg_fd(fd, 0) < 0, 1);
   struct timespec over[] = {in(-1000), {0, 0}, {-5, 0}, {5, 2000000000}};
   struct timespec start = in(0), soon = in(0.05);
+  soon.tv_sec -= 3, soon.tv_nsec += 3000000000; /* a sum that was not carried */
   for (int i = 0; i < 4; i++) CHECK(hf3fs_wait_for_ios(&ior, cqes, 1024, 1, &over[i]), 0);
   CHECK(hf3fs_wait_for_ios(&ior, cqes, 1024, 1, &soon), 0);
   struct timespec end = in(0);
@@ -381,6 +384,11 @@ static void holes(const char *path, int fd) {
   int read_only = open(path, O_RDONLY);
   CHECK(hf3fs_punchhole(read_only, 1, start, end, 0), EBADF);
   close(read_only);
+  int write_only = open(path, O_WRONLY | O_APPEND);
+  CHECK(hf3fs_punchhole(write_only, 2, start, end, 0), 0);
+  CHECK(fstat(write_only, &status), 0);
+  CHECK(status.st_size, 4 * BLOCK);
+  close(write_only);
 }
 
 static void gpus(void) {

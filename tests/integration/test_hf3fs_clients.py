@@ -334,6 +334,44 @@ def test_closing_a_file_holds_no_ring_up(io: Any, fresh: LocalCluster) -> None:
             os.close(fd)
 
 
+def test_what_is_ready_does_not_wait_for_what_hangs(io: Any, fresh: LocalCluster) -> None:
+    """One result is handed out while another waits; destroying waits for it, and no longer."""
+    mp = str(fresh.mount)
+    memory = SharedMemory(create=True, size=8192)
+    iov, ring = io.make_iovec(memory, mp), io.make_ioring(mp, 4)
+    memory.unlink()
+    fds = []
+    for name in ("hot", "cold"):
+        (fresh.mount / name).write_bytes(name.encode() * 5000)
+        fds.append(os.open(fresh.mount / name, os.O_RDONLY))
+        os.pread(fds[-1], 20_000, 0)
+        io.register_fd(fds[-1])
+    os.posix_fadvise(fds[1], 0, 0, os.POSIX_FADV_DONTNEED)
+    daemon = fresh.pid("fuse")
+    destroying = threading.Thread(target=ring.ior.destroy)
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        ring.prepare(iov[4096:8192], True, fds[1], 0, userdata="cold")
+        ring.prepare(iov[:4096], True, fds[0], 0, userdata="hot")
+        done = ring.submit().wait(min_results=1, timeout=20.0)
+        assert [(each.userdata, each.result) for each in done] == [("hot", 4096)]
+        assert ring.wait(min_results=1, timeout=0.2) == []
+        destroying.start()
+        destroying.join(0.5)
+        assert destroying.is_alive(), "what is under way may still write to the buffer"
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+        if destroying.ident is not None:
+            destroying.join(60)
+    assert not destroying.is_alive()
+    assert bytes(memory.buf[4096:]) == (b"cold" * 1024), "it ended before the ring did"
+    for fd in fds:
+        io.deregister_fd(fd)
+        os.close(fd)
+    del iov, ring
+    memory.close()
+
+
 def test_the_cluster_is_clean_afterwards(shared: LocalCluster) -> None:
     os.sync()
     shared.fsck()
