@@ -19,6 +19,7 @@ LIBRARY = "libhf3fs_api_shared.so"
 def installed() -> Path:
     """A directory for sys.path with the packages in it; once per process."""
     place = Path(tempfile.mkdtemp(prefix="hf3fs-"))
+    place.chmod(0o755)  # programs run as other users as well
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     shutil.copytree(SOURCE, place / "source")
     command = "pip install -q --no-deps --no-build-isolation --no-index --target"

@@ -3,7 +3,6 @@
 import ctypes
 import errno
 import importlib
-import multiprocessing
 import os
 import random
 import signal
@@ -21,10 +20,9 @@ from typing import Any
 import pytest
 
 from hf3fs_library import SOURCE, compile_program, installed, library
-from integration.harness import LocalCluster, run, wait_until
+from integration.harness import LocalCluster, run
 
 PROGRAM = Path(__file__).with_name("hf3fs_program.c")
-OWN_LINKS = Path(f"/dev/shm/emberfs-hf3fs-{os.geteuid()}")
 KiB, MiB = 1 << 10, 1 << 20
 
 
@@ -64,13 +62,6 @@ def opened(io: Any, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator
     finally:
         io.deregister_fd(fd)
         os.close(fd)
-
-
-def links(mp: str) -> set[str]:
-    virtual = Path(mp, "3fs-virt", "iovs")
-    return {
-        path.name for place in (virtual, OWN_LINKS) if place.is_dir() for path in place.iterdir()
-    }
 
 
 def shared_memory() -> set[str]:
@@ -350,113 +341,6 @@ def test_a_buffer_that_another_process_opens_by_its_id(
     assert ctypes.string_at(opened_iov.base, 5) == b"hello"
     described.lib.hf3fs_iovdestroy(ctypes.c_void_p(at))
     assert os.path.islink(iov.link), "the link is the owner's"
-
-
-def test_a_thousand_lives_leave_nothing(io: Any, place: Path, mp: str) -> None:
-    described = importlib.import_module("hf3fs_py_usrbio._library")
-    create = described.lib.hf3fs_iovcreate
-    create.argtypes = [ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_size_t] * 2, ctypes.c_int]
-
-    def life(path: Path) -> None:
-        memory = SharedMemory(create=True, size=64 * KiB)
-        iov, ring = io.make_iovec(memory, mp), io.make_ioring(mp, 4)
-        memory.unlink()
-        with opened(io, path) as fd:
-            for start in range(0, 64 * KiB, 16 * KiB):
-                ring.prepare(iov[start : start + 16 * KiB], True, fd, start)
-            ring.submit().wait(min_results=2)  # two are left when it is destroyed
-        del iov, ring
-        memory.close()
-        own = described.Iov()
-        assert create(ctypes.addressof(own), mp.encode(), 64 * KiB, 0, -1) == 0
-        described.lib.hf3fs_iovdestroy(ctypes.c_void_p(ctypes.addressof(own)))
-
-    def open_files() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
-    (place / "file").write_bytes(b"x" * 64 * KiB)
-    life(place / "file")
-    wait_until(lambda: threads() == 0, 10)
-    files, names, linked = open_files(), shared_memory(), links(mp)
-    for _ in range(1000):
-        life(place / "file")
-    assert (open_files(), shared_memory(), links(mp)) == (files, names, linked)
-    assert threads() <= 8
-    wait_until(lambda: threads() == 0, 10)  # they go when nothing was to do for a second
-
-
-def threads() -> int:
-    """Threads of the library in this process."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return names.count("hf3fs-io")
-
-
-def test_what_a_killed_program_leaves_is_swept(mp: str) -> None:
-    """Memory of a killed program goes when the next one makes a buffer; not that of a live one."""
-    program = f"""
-import ctypes, time
-from hf3fs_py_usrbio._library import lib, Iov
-iov = Iov()
-assert lib.hf3fs_iovcreate(ctypes.byref(iov), {mp!r}.encode(), ctypes.c_size_t(1 << 20),
-                           ctypes.c_size_t(0), -1) == 0
-print("made", flush=True)
-time.sleep(100)
-"""
-    children: list[subprocess.Popen[str]] = []
-
-    def start() -> None:
-        child = subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONPATH": str(installed())},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        children.append(child)
-        assert child.stdout is not None
-        assert child.stdout.readline() == "made\n"
-
-    try:
-        before = shared_memory(), links(mp)
-        start()
-        start()
-        assert len(shared_memory() - before[0]) == len(links(mp) - before[1]) == 2
-        children[0].kill()
-        children[0].wait()
-        start()
-        assert len(shared_memory() - before[0]) == len(links(mp) - before[1]) == 2
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
-        for name in shared_memory() - before[0]:
-            os.unlink(f"/dev/shm/{name}")
-        for name in links(mp) - before[1]:
-            os.unlink(OWN_LINKS / name)
-
-
-def use_in_child(io: Any, iov: Any, ring: Any, fd: int, path: str) -> None:
-    (done,) = ring.prepare(iov[:8], True, fd, 0).submit().wait(min_results=1)
-    assert done.result == 8
-    io.deregister_fd(fd)
-    assert io.read_file(path, block_size=KiB) == b"x" * 100
-
-
-def test_a_forked_child_works(io: Any, place: Path, mp: str, memory: SharedMemory) -> None:
-    """As torch's DataLoader forks: rings and files go on in both, links stay the parent's."""
-    path = place / "file"
-    path.write_bytes(b"x" * 100)
-    iov, ring = io.make_iovec(memory, mp), io.make_ioring(mp, 4)
-    with opened(io, path) as fd:
-        ring.prepare(iov[:100], True, fd, 0).submit()
-        child = multiprocessing.get_context("fork").Process(
-            target=use_in_child, args=(io, iov, ring, fd, str(path))
-        )
-        child.start()
-        child.join(60)
-        assert child.exitcode == 0
-        assert os.path.islink(iov.link)
-        assert ring.wait(min_results=1)[0].result == 100
-        assert ring.prepare(iov[:9], True, fd, 0).submit().wait(min_results=1)[0].result == 9
 
 
 def test_errors_are_results(io: Any, place: Path, mp: str, memory: SharedMemory) -> None:
