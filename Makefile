@@ -5,10 +5,10 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml $(wildcard runtime/*.c client/*.c client/native/*.c) deploy/install.sh
 
-.PHONY: libemberfs fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
+.PHONY: libemberfs fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test check unit integration demo bench proto help
 
 help:            ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
 
 up: $(VENV)/installed          ## install what is missing, start a 3-replica cluster, mount it (MOUNT=dir)
 	@$(BIN)/emberfs up --mount $(MOUNT)
@@ -31,6 +31,10 @@ $(VENV)/installed: $(INPUTS)
 $(VENV)/installed-test: $(INPUTS)
 	@deploy/install.sh $(VENV) test
 	@touch $(VENV)/installed $@
+
+hf3fs: $(VENV)/installed       ## install what programs of 3FS import and link against (docs/hf3fs.md)
+	@build=$$(mktemp -d) && trap 'rm -r "$$build"' EXIT && cp -r deploy/hf3fs "$$build" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps "$$build/hf3fs"
 
 test: check                    ## the whole test suite: checks, unit, simulation, model, fuzz, real processes
 	@$(BIN)/pytest -n auto --dist worksteal $(PYTEST_FLAGS) $(PURE_TESTS)
@@ -64,6 +68,9 @@ model: $(VENV)/installed-test  ## the chain protocol in spin, exhaustively for t
 kill-matrix: $(VENV)/installed-test  ## kill and freeze every role of a real cluster under load (REPEAT=20 ROLES= SIGNALS=)
 	@PYTHONPATH=tests $(BIN)/python tests/integration/kill_matrix.py $(or $(REPEAT),20) $(or $(SEED),1) \
 	  $(or $(ROLES),head,middle,tail,meta,mgmtd) $(or $(SIGNALS),kill,freeze)
+
+test-hf3fs-clients: $(VENV)/installed-test  ## programs made for 3FS, unmodified, on a cluster (network, 2 GB; WHERE=dir keeps them)
+	@$(BIN)/python tests/hf3fs_clients/run_clients.py $(WHERE)
 
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py
