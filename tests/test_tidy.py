@@ -26,6 +26,8 @@ LAYERS: dict[str, set[str]] = {
 PURE = {
     "mgmtd.quarrels",
     "storage.reach",
+    "client.native.layout",
+    "client.native.messages",
     "client.readahead",
     "proto.bounds",
     "proto.ids",

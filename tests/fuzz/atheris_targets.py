@@ -23,7 +23,8 @@ from hypothesis.errors import NonInteractiveExampleWarning
 with atheris.instrument_imports(include=["emberfs"]):
     from google.protobuf.message import DecodeError
 
-    from emberfs.fabric import frame
+    from emberfs.client.native import messages
+from emberfs.fabric import frame
     from emberfs.meta import schema
     from emberfs.meta.server import MetaConfig
     from emberfs.proto import control_pb2, control_wire
@@ -73,6 +74,8 @@ def _targets() -> list[tuple[Callable[[bytes], Any], type[Any] | None]]:
         frame.decode_unregister,
         unpack_read_ops,
         unpack_read_results,
+        messages.decode_request,
+        messages.decode_answer,
         _routing,
         _config,
         lambda raw: records.decode_redo(b"R", raw),
