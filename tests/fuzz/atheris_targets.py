@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["emberfs"]):
     from google.protobuf.message import DecodeError
 
     from emberfs.client.native import messages
-from emberfs.fabric import frame
+    from emberfs.fabric import frame
     from emberfs.meta import schema
     from emberfs.meta.server import MetaConfig
     from emberfs.proto import control_pb2, control_wire
