@@ -46,7 +46,7 @@ SEGMENTS_MIN = 4  # that fit under the cap
 DEADLINE_NS = 1 * SECOND
 REFRESH_NS = 100 * MS
 TICK_NS = 1 * SECOND
-TOUCH_NS = 5 * SECOND
+TOUCH_NS = 1 * SECOND  # others hear so often what was read here
 SNAPSHOT_EVERY_BYTES = 16 * MiB  # of records
 STAGING_BYTES = 256 * MiB
 FAILURES_MAX = 3
@@ -383,7 +383,7 @@ class KVCache:
             await self._own.append([Touched(read)])
         await self._own.keep_alive()
         await self._segments.free_empty()
-        await self._segments.evict(0)
+        await self._segments.evict()
         if self._own.appended_bytes > self._snapshot_every_bytes:
             await self._snapshots.write()
 

@@ -112,9 +112,9 @@ class Index:
         """What counts for the cap."""
         return sum([segment.charge for segment in self._segments.values()])
 
-    def victims(self, cap_bytes: int, needed_bytes: int, keep: Collection[FileId]) -> list[FileId]:
-        """Segments to evict so that `needed_bytes` more fit: empty ones, then the least used."""
-        excess = self.total_bytes() + needed_bytes - cap_bytes
+    def victims(self, cap_bytes: int, keep: Collection[FileId | None]) -> list[FileId]:
+        """Segments to evict so that the rest fits: empty ones, then the least used."""
+        excess = self.total_bytes() - cap_bytes
         empty = [s for s in self._segments.values() if s.sealed and not s.live]
         others = [s for s in self._segments.values() if not (s.sealed and not s.live)]
         chosen: list[FileId] = []
@@ -198,7 +198,9 @@ class Index:
         return found
 
     def _put(self, orders: Iterator[int], put: Put) -> None:
-        if put.segment in self._dead:
+        if put.segment in self._dead:  # read late; it has replaced others all the same
+            for key, order in zip(put.keys, orders, strict=False):
+                self._remove(order, (key,))
             return
         segment = self._segment(put.segment)
         rows, by_handle, handle = self._rows, self._by_handle, segment.handle

@@ -188,8 +188,8 @@ def decode(file: FileId, offset: int, data: memoryview) -> Found:
     batches: list[Batch] = []
     at = 0
     while len(data) - at >= HEAD_BYTES:
-        magic, kind, _, size, sequence, check = _HEAD.unpack_from(data, at)
-        if magic != _MAGIC or kind >= len(_KINDS) or size > BODY_BYTES_MAX:
+        magic, kind, unused, size, sequence, check = _HEAD.unpack_from(data, at)
+        if magic != _MAGIC or unused or kind >= len(_KINDS) or size > BODY_BYTES_MAX:
             return Found(batches, at, 0)
         stop = at + HEAD_BYTES + size
         if stop > len(data):

@@ -147,10 +147,13 @@ class Segments:
         last, self._filling = self._filling, None
         if last is not None and not last.users:
             self._tasks.spawn(self._seal(last), name=f"seal {last.file.name}")
-        await self.evict(self._segment_bytes)
         self._number += 1
         name = FileId(self._writer, self._number)
+        # Tell, then look, then make room: of two who do so at the same time the later one sees
+        # both, so that the files of all together stay below the cap.
         await self._own.append([Opened(name, self._segment_bytes)])
+        await self._view.look_now()
+        await self.evict(name)
         file = await self._fs.open(self._path(name), "x+", direct=True)
         try:
             await file.truncate(self._segment_bytes)
@@ -172,12 +175,15 @@ class Segments:
 
     # ------------------------------------------------------------ evicting
 
-    async def evict(self, needed_bytes: int) -> None:
-        """Remove what was not used for longest until so many more bytes fit. Raises OSError."""
+    async def evict(self, begun: FileId | None = None) -> None:
+        """Remove what was not used for longest until the cap is kept. Raises OSError.
+
+        `begun` is a segment whose file is to be made.
+        """
         async with self._evicting:
-            keep = set() if self._filling is None else {self._filling.id}
+            keep = {begun} if self._filling is None else {begun, self._filling.id}
             async with self._view.lock:  # not while half of what the logs say is known
-                victims = self._view.index.victims(self._byte_cap, needed_bytes, keep)
+                victims = self._view.index.victims(self._byte_cap, keep)
             await self._remove(victims)
 
     async def free_empty(self) -> None:
