@@ -115,7 +115,7 @@ class Reader:
                 for n, (buffer, _) in zip(waiting, lent, strict=True)
             ]
             again: list[int] = []
-            results = await _read_all(requests)
+            results = await self._read_all(requests)
             for n, (buffer, view), result in zip(waiting, lent, results, strict=True):
                 if not isinstance(result, OSError):
                     views[n] = view[:result]
@@ -127,6 +127,17 @@ class Reader:
                 break
             waiting = again
         return views
+
+    async def _read_all(self, requests: Sequence[_Read]) -> list[int | OSError]:
+        """Fill each memory from the offset of its file; bytes, or the error, of each."""
+
+        async def read(file: File, offset: int, memory: Buffer) -> int | OSError:
+            try:
+                return await file.pread(memory, offset)
+            except OSError as problem:
+                return problem
+
+        return list(await asyncio.gather(*(read(*request) for request in requests)))
 
     def _deliver(
         self,
@@ -151,18 +162,6 @@ class Reader:
         self.touched.pop(run.segment, None)
         self.touched[run.segment] = None
         self._view.index.touch((run.segment,))
-
-
-async def _read_all(requests: Sequence[_Read]) -> list[int | OSError]:
-    """Fill each memory from the offset of its file; the count of bytes, or the error, of each."""
-
-    async def read(file: File, offset: int, memory: Buffer) -> int | OSError:
-        try:
-            return await file.pread(memory, offset)
-        except OSError as problem:
-            return problem
-
-    return list(await asyncio.gather(*(read(*request) for request in requests)))
 
 
 def checksum_of(key: bytes, segment: FileId, offset: int, data: memoryview) -> int:
