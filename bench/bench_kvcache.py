@@ -30,7 +30,7 @@ BATCH = 64
 BLOCKS = 2048  # 144 MiB
 LIMIT_SECONDS = 2.0
 TINY = 131_072  # blocks of 16 bytes, only there to be removed
-REMOVE_BATCH = 4096
+REMOVE_BATCH = 16_384
 TICK_S = 0.5
 PATIENT_NS = 60 * SECOND
 
@@ -177,8 +177,8 @@ async def figures(cluster: LocalCluster, fs: FileSystem) -> None:
             figure = await readers.run(order, LIMIT_SECONDS)
             report(f"get 72 KiB, batch 64, {name}", figure, "MiB/s", limit, said)
         assert not readers.misses, "a block was not found"
-        for batch in (64, REMOVE_BATCH):
-            some = await put_tiny(cache, b"%d" % batch, TINY // (1 if batch > 64 else 8))
+        for batch in (64, 1024, REMOVE_BATCH):
+            some = await put_tiny(cache, b"%d" % batch, min(TINY, 128 * batch))
             limit, said = dict_limit(some), "del from a dict"
             figure = await remove_all(cache, some, batch)
             report(f"remove, batch {batch}", figure, "per s", limit, said)
@@ -202,7 +202,7 @@ async def over_time(fs: FileSystem, seconds: float) -> list[tuple[float, float, 
             turn = 0
             while not over:
                 turn += 1
-                some = await put_tiny(collected, b"turn %d" % turn, 4 * REMOVE_BATCH)
+                some = await put_tiny(collected, b"turn %d" % turn, 2 * REMOVE_BATCH)
                 for at in range(0, len(some), REMOVE_BATCH):
                     part = some[at : at + REMOVE_BATCH]
                     removed += sum(await collected.remove_many(part, deadline_ns=PATIENT_NS))

@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from itertools import compress, islice
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -48,6 +49,7 @@ REFRESH_NS = 100 * MS
 TICK_NS = 1 * SECOND
 TOUCH_NS = 1 * SECOND  # others hear so often what was read here
 SNAPSHOT_EVERY_BYTES = 16 * MiB  # of records
+REMOVE_KEYS_MAX = 3 * KEYS_MAX  # published by one append, which they fit into
 STAGING_BYTES = 256 * MiB
 FAILURES_MAX = 3
 BREAK_FIRST_NS, BREAK_MAX_NS = 1 * SECOND, 30 * SECOND
@@ -225,11 +227,11 @@ class KVCache:
         """Tell which blocks can be found; nothing is read of them."""
         _check_keys(keys)
         call = Call(len(keys))
-        index = self._view.index
-        if not all(key in index for key in keys):
+        found = self._view.index.present(keys)
+        if not all(found):
             await self._bounded("exists", lambda: self._look(call), call, deadline_ns)
-        index = self._view.index
-        return [key in index for key in keys]
+            found = self._view.index.present(keys)
+        return found
 
     async def remove_many(
         self, keys: Sequence[bytes], *, deadline_ns: int | None = None
@@ -349,19 +351,21 @@ class KVCache:
     # ------------------------------------------------------------ remove
 
     async def _remove(self, keys: Sequence[bytes], call: Call) -> None:
-        if not all(key in self._view.index for key in keys):
+        found = self._view.index.present(keys)
+        if not all(found):
             await self._look(call)
-        index = self._view.index
-        there = {key: position for position, key in enumerate(keys) if key in index}
-        names = list(there)
-        for first in range(0, len(names), KEYS_MAX):
-            part = names[first : first + KEYS_MAX]
-            await self._own.append([Remove(part)])
+            found = self._view.index.present(keys)
+        there = dict(zip(compress(keys, found), compress(range(len(keys)), found), strict=True))
+        names, lengths = list(there), call.lengths
+        for first in range(0, len(names), REMOVE_KEYS_MAX):
+            part = names[first : first + REMOVE_KEYS_MAX]
+            starts = range(0, len(part), KEYS_MAX)
+            await self._own.append([Remove(part[at : at + KEYS_MAX]) for at in starts])
             call.reached = True
             if call.over:
                 return
-            for key in part:
-                call.lengths[there[key]] = 1
+            for position in islice(there.values(), first, first + len(part)):
+                lengths[position] = 1
 
     # ------------------------------------------------------------ housekeeping
 
@@ -397,6 +401,10 @@ def _namespace_name(namespace: tuple[str, int] | str) -> str:
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:
+    if set(map(type, keys)) <= {bytes}:
+        sizes = set(map(len, keys))
+        if not sizes or (min(sizes) > 0 and max(sizes) <= KEY_BYTES_MAX):
+            return
     for key in keys:
         if not isinstance(key, bytes) or not 0 < len(key) <= KEY_BYTES_MAX:
             raise ValueError(f"key {key!r}: use bytes, 1 to {KEY_BYTES_MAX} of them")

@@ -6,7 +6,7 @@ order, because an older put may be read later; graves are dropped after two roun
 round that began after a removal was read has read every put that the remover knew of.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import repeat
 from operator import add
@@ -87,6 +87,11 @@ class Index:
         return key in self._rows
 
     # ------------------------------------------------------------ questions
+
+    def present(self, keys: Sequence[bytes]) -> list[bool]:
+        """Tell which blocks can be found."""
+        rows = self._rows
+        return [key in rows for key in keys]
 
     def find(self, key: bytes) -> Location | None:
         """Where a block is."""
@@ -225,15 +230,18 @@ class Index:
         return max(self._graves.get(key, 0), self._old_graves.get(key, 0))
 
     def _remove(self, order: int, keys: Sequence[bytes]) -> None:
-        rows, by_handle = self._rows, self._by_handle
-        for key in keys:
-            row = rows.get(key)
-            if row is not None and row[0] < order:
-                del rows[key]
-                by_handle[row[1]].live -= 1
-        if self._graves:
-            keys = [key for key in keys if self._graves.get(key, 0) < order]
-        self._graves.update(zip(keys, repeat(order), strict=False))
+        rows = self._rows  # whole columns at a time: keys are removed by the million
+        popped = list(map(rows.pop, keys, repeat(None)))
+        gone = [row[1] for row in popped if row is not None and row[0] < order]
+        for handle, count in Counter(gone).items():
+            self._by_handle[handle].live -= count
+        if len(gone) < len(keys):
+            pairs = zip(keys, popped, strict=True)
+            rows.update([(k, row) for k, row in pairs if row is not None and row[0] >= order])
+        graves = self._graves
+        if not graves.keys().isdisjoint(keys):
+            keys = [key for key in keys if graves.get(key, 0) < order]
+        graves.update(zip(keys, repeat(order), strict=False))
 
     # ------------------------------------------------------------ snapshots
 

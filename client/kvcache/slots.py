@@ -1,7 +1,6 @@
 """Where blocks go in a segment, which neighbours are read together, and what files are called."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from emberfs.client.kvcache.index import Location
 from emberfs.client.kvcache.records import SLOT_BYTES, FileId
@@ -35,29 +34,31 @@ class Slots:
         return start
 
 
-class Run(NamedTuple):
+class Run:
     """Neighbouring blocks of one segment, read in one go."""
 
-    segment: FileId
-    start: int  # bytes in the segment
-    stop: int
-    items: list[tuple[int, Location]]  # (position in the call, where it is)
+    __slots__ = ("items", "segment", "start", "stop")
+
+    def __init__(self, segment: FileId, start: int, stop: int) -> None:
+        self.segment = segment
+        self.start = start  # bytes in the segment
+        self.stop = stop
+        self.items: list[tuple[int, Location]] = []  # (position in the call, where it is)
 
 
 def runs_of(places: Sequence[tuple[int, Location]]) -> list[Run]:
     """Group blocks into reads."""
     runs: list[Run] = []
+    last: Run | None = None
     for item in sorted(places, key=_by_place):
         segment, offset, length, _, _ = item[1]
         stop = offset + length
-        if runs:
-            last = runs[-1]
-            near = last.segment == segment and offset - last.stop <= GAP_BYTES_MAX
-            if near and stop - last.start <= RUN_BYTES_MAX:
-                last.items.append(item)
-                runs[-1] = last._replace(stop=max(last.stop, stop))
-                continue
-        runs.append(Run(segment, offset, stop, [item]))
+        near = last is not None and last.segment == segment and offset - last.stop <= GAP_BYTES_MAX
+        if last is None or not near or stop - last.start > RUN_BYTES_MAX:
+            last = Run(segment, offset, stop)
+            runs.append(last)
+        last.items.append(item)
+        last.stop = max(last.stop, stop)
     return runs
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from emberfs.client.kvcache.call import Call
 from emberfs.client.kvcache.ownlog import OwnLog
@@ -16,13 +15,16 @@ from emberfs.proto.ids import MiB
 WRITE_BYTES_MAX = 8 * MiB  # of neighbours that are written together
 
 
-class _Run(NamedTuple):
+class _Run:
     """Neighbouring blocks that are written together."""
 
-    filling: Filling
-    start: int  # bytes in the segment
-    stop: int
-    items: list[tuple[int, int]]  # (position in the call, offset in the segment)
+    __slots__ = ("filling", "items", "start", "stop")
+
+    def __init__(self, filling: Filling, start: int) -> None:
+        self.filling = filling
+        self.start = start  # bytes in the segment
+        self.stop = start
+        self.items: list[tuple[int, int]] = []  # (position in the call, offset in the segment)
 
 
 class Writer:
@@ -54,11 +56,11 @@ class Writer:
 
         The checksum is of what is sent, should the caller change his buffer meanwhile.
         """
-        filling, start, stop, items = run
-        buffer, view = self._lender.lend(stop - start)
+        filling, start = run.filling, run.start
+        buffer, view = self._lender.lend(run.stop - start)
         checksums: list[int] = []
         end = 0
-        for position, offset in items:
+        for position, offset in run.items:
             source, at = sources[position], offset - start
             view[end:at] = bytes(at - end)
             end = at + len(source)
@@ -109,11 +111,12 @@ def _runs_of(
 ) -> list[_Run]:
     """Group what lies behind one another; between are only gaps that nobody else uses."""
     runs: list[_Run] = []
+    last: _Run | None = None
     for position, (filling, offset) in zip(positions, placed, strict=True):
         stop = offset + len(sources[position])
-        if runs and runs[-1].filling is filling and stop - runs[-1].start <= WRITE_BYTES_MAX:
-            runs[-1].items.append((position, offset))
-            runs[-1] = runs[-1]._replace(stop=stop)
-        else:
-            runs.append(_Run(filling, offset, stop, [(position, offset)]))
+        if last is None or last.filling is not filling or stop - last.start > WRITE_BYTES_MAX:
+            last = _Run(filling, offset)
+            runs.append(last)
+        last.items.append((position, offset))
+        last.stop = stop
     return runs
