@@ -49,6 +49,8 @@ REFRESH_NS = 100 * MS
 TICK_NS = 1 * SECOND
 TOUCH_NS = 1 * SECOND  # others hear so often what was read here
 SNAPSHOT_EVERY_BYTES = 16 * MiB  # of records
+LOGS_MAX = 32  # finished ones, until somebody writes a snapshot
+LOGS_CHANCE = 0.25  # per tick, so that not all who see them do
 REMOVE_KEYS_MAX = 3 * KEYS_MAX  # published by one append, which they fit into
 STAGING_BYTES = 256 * MiB
 FAILURES_MAX = 3
@@ -78,7 +80,10 @@ class KVCache:
         self._snapshot_every_bytes = snapshot_every_bytes
         self._tasks = TaskSet()
         self._lender = Lender(STAGING_BYTES)
-        self._breaker = Breaker(FAILURES_MAX, BREAK_FIRST_NS, BREAK_MAX_NS)
+        # Of their own: a full disk is no reason not to read.
+        self._reading, self._changing = (
+            Breaker(FAILURES_MAX, BREAK_FIRST_NS, BREAK_MAX_NS) for _ in range(2)
+        )
         self._touched_ns = self._env.now_ns()
         self._closed = False
         writer = self._env.random.getrandbits(64)
@@ -280,16 +285,17 @@ class KVCache:
         if self._closed:
             raise ValueError("the KV cache is closed")
         began_ns = self._env.now_ns()
-        if not self._breaker.allows(began_ns):
+        breaker = self._changing if name in ("put", "remove") else self._reading
+        if not breaker.allows(began_ns):
             return call.settle("breaker")
-        outcome, was_open = "", self._breaker.is_open
+        outcome, was_open = "", breaker.is_open
         task = self._tasks.spawn(self._guarded(work, call), name=f"kvcache {name}")
         limit_ns = self._deadline_ns if deadline_ns is None else deadline_ns
         try:
             # Not asyncio.timeout: a cancelled call ends only when the server has confirmed it.
             await asyncio.wait({task}, timeout=limit_ns / SECOND)
         except asyncio.CancelledError:
-            self._breaker.gave_up()
+            breaker.gave_up()
             raise
         finally:
             done = task.done()
@@ -303,13 +309,13 @@ class KVCache:
         misses = call.settle(outcome)
         if outcome:
             metrics.FAILED_CALLS.labels(outcome).inc()
-            self._breaker.failed(now_ns)
-            if self._breaker.is_open and not was_open:
+            breaker.failed(now_ns)
+            if breaker.is_open and not was_open:
                 metrics.BREAKER_OPENED.inc()
         elif call.reached:
-            self._breaker.succeeded()
+            breaker.succeeded()
         else:
-            self._breaker.gave_up()
+            breaker.gave_up()
         metrics.CALL_SECONDS.labels(name).observe((now_ns - began_ns) / SECOND)
         return misses
 
@@ -388,7 +394,8 @@ class KVCache:
         await self._own.keep_alive()
         await self._segments.free_empty()
         await self._segments.evict()
-        if self._own.appended_bytes > self._snapshot_every_bytes:
+        many = len(self._view.finished()) > LOGS_MAX and self._env.random.random() < LOGS_CHANCE
+        if many or self._own.appended_bytes > self._snapshot_every_bytes:
             await self._snapshots.write()
 
 

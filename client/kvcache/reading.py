@@ -8,17 +8,16 @@ import asyncio
 import logging
 import struct
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from emberfs.client.file import File
 from emberfs.client.kvcache.call import Call
 from emberfs.client.kvcache.index import Location
 from emberfs.client.kvcache.records import FileId
-from emberfs.client.kvcache.segments import Segments
+from emberfs.client.kvcache.segments import ReadRequest, Segments
 from emberfs.client.kvcache.slots import Run, runs_of
 from emberfs.client.kvcache.view import View
 from emberfs.client.lending import Lender
-from emberfs.fabric.region import Buffer, Slice
+from emberfs.fabric.region import Slice
 from emberfs.proto.ids import MiB
 from emberfs.runtime.checksum import crc32c
 
@@ -28,7 +27,6 @@ GROUP_BYTES = 32 * MiB  # read at once by one call
 TAINTED_MAX = 3  # a read begins again when a server may still write into its memory
 
 _PLACE = struct.Struct("<QIQI")
-_Read: TypeAlias = tuple[File, int, Buffer]
 
 
 class Reader:
@@ -110,12 +108,12 @@ class Reader:
         waiting = list(range(len(runs)))
         for _ in range(TAINTED_MAX):
             lent = [self._lender.lend(runs[n].stop - runs[n].start) for n in waiting]
-            requests: list[_Read] = [
+            requests: list[ReadRequest] = [
                 (files[runs[n].segment], runs[n].start, buffer)
                 for n, (buffer, _) in zip(waiting, lent, strict=True)
             ]
             again: list[int] = []
-            results = await self._read_all(requests)
+            results = await self._segments.read_all(requests)
             for n, (buffer, view), result in zip(waiting, lent, results, strict=True):
                 if not isinstance(result, OSError):
                     views[n] = view[:result]
@@ -127,17 +125,6 @@ class Reader:
                 break
             waiting = again
         return views
-
-    async def _read_all(self, requests: Sequence[_Read]) -> list[int | OSError]:
-        """Fill each memory from the offset of its file; bytes, or the error, of each."""
-
-        async def read(file: File, offset: int, memory: Buffer) -> int | OSError:
-            try:
-                return await file.pread(memory, offset)
-            except OSError as problem:
-                return problem
-
-        return list(await asyncio.gather(*(read(*request) for request in requests)))
 
     def _deliver(
         self,

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from emberfs.client.file import File, FileSystem
 from emberfs.client.gather import gather_all
@@ -18,12 +19,15 @@ from emberfs.client.kvcache.records import Evicted, FileId, Opened, Sealed
 from emberfs.client.kvcache.slots import Slots, file_name
 from emberfs.client.kvcache.snapshot import remove_quietly
 from emberfs.client.kvcache.view import View
+from emberfs.fabric.region import Buffer
 from emberfs.proto.ids import CHUNK_BYTES_DEFAULT
 from emberfs.runtime.tasks import TaskSet
 
 log = logging.getLogger("emberfs.client.kvcache")
 
 OPEN_MAX = 1024  # segments open for reading
+
+ReadRequest: TypeAlias = tuple[File, int, Buffer]  # file, offset in bytes, memory to fill
 
 
 class Filling:
@@ -94,6 +98,17 @@ class Segments:
             del self._opening[segment]
         self._keep(segment, file)
         return file
+
+    async def read_all(self, requests: Sequence[ReadRequest]) -> list[int | OSError]:
+        """Fill each memory from the offset of its file; bytes, or the error, of each."""
+
+        async def read(file: File, offset: int, memory: Buffer) -> int | OSError:
+            try:
+                return await file.pread(memory, offset)
+            except OSError as problem:
+                return problem
+
+        return list(await asyncio.gather(*(read(*request) for request in requests)))
 
     def _keep(self, segment: FileId, file: File) -> None:
         self._files[segment] = file

@@ -100,17 +100,11 @@ class Snapshots:
 
     async def _tidy(self, number: int, covered: dict[FileId, int], there: list[str]) -> None:
         index, now_ns = self._view.index, self._env.now_ns()
-        last: dict[int, int] = {}
-        for name in [*covered, *([self._own.current] if self._own.current else [])]:
-            last[name.writer] = max(last.get(name.writer, 0), name.number)
-        gone: list[str] = []
-        for name in covered:
-            follower = self._view.followers.get(name)
-            if follower is None or name == self._own.current:
-                continue
-            silent = now_ns - follower.grew_ns > DEAD_NS
-            if follower.ended or name.number < last[name.writer] or silent:
-                gone.append(f"{self._logs}/{log_name(name)}")
+        gone = [
+            f"{self._logs}/{log_name(name)}"
+            for name in self._view.finished() & covered.keys()
+            if self._view.followers[name].offset == covered[name]
+        ]
         for entry in await self._fs.listdir(self._logs):
             old = parse_snapshot(entry)
             if old is not None and old < number - 1:

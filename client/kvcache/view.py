@@ -13,7 +13,7 @@ from emberfs.client.file import File, FileSystem
 from emberfs.client.gather import gather_all
 from emberfs.client.kvcache import metrics
 from emberfs.client.kvcache.index import Index
-from emberfs.client.kvcache.ownlog import OwnLog, close_quietly
+from emberfs.client.kvcache.ownlog import DEAD_NS, OwnLog, close_quietly
 from emberfs.client.kvcache.records import (
     BODY_BYTES_MAX,
     HEAD_BYTES,
@@ -153,15 +153,18 @@ class View:
         names = await self._fs.listdir(self._directory)
         logs = _logs_of(names)
         newest = _snapshots_of(names)[0]
-        now = self._now
+        now, covered = self._now, self._now.covered
         if newest > now.snapshot:
-            covered = await self._read_covered(newest)
-            if covered is None:  # it has gone already: a newer one is there
-                return False
-            if not self._knows(covered, logs):
+            # Of one that was skipped nobody tells any more what it held.
+            anew = newest > now.snapshot + 1
+            if not anew:
+                found = await self._read_covered(newest)
+                if found is None:  # a newer one is there
+                    return False
+                anew, covered = not self._knows(found, logs), found
+            if anew:
                 await self._load_anew()
                 return True
-            now.snapshot, now.covered = newest, covered
         for name in logs - now.followers.keys():
             if name != self._own_log():
                 now.followers[name] = Follower(name, 0, self._env.now_ns())
@@ -172,8 +175,23 @@ class View:
             await gather_all([self._read_on(follower, now.index) for follower in reading])
         except FileNotFoundError:
             return False
+        now.snapshot, now.covered = newest, covered  # only now all is read that it has replaced
         now.index.end_round()
         return True
+
+    def finished(self) -> set[FileId]:
+        """Logs to which nothing will be added: ended, followed by another, or silent for long."""
+        now_ns, own = self._env.now_ns(), self._own_log()
+        last: dict[int, int] = {} if own is None else {own.writer: own.number}
+        for name in self.followers:
+            last[name.writer] = max(last.get(name.writer, 0), name.number)
+        return {
+            name
+            for name, follower in self.followers.items()
+            if follower.ended
+            or name.number < last[name.writer]
+            or now_ns - follower.grew_ns > DEAD_NS
+        }
 
     def _own_log(self) -> FileId | None:
         return None if self.own is None else self.own.current
