@@ -31,9 +31,9 @@ from emberfs.client.kvcache.reading import Reader
 from emberfs.client.kvcache.records import KEY_BYTES_MAX, KEYS_MAX, SLOT_BYTES, Remove, Touched
 from emberfs.client.kvcache.segments import Segments
 from emberfs.client.kvcache.snapshot import Snapshots
+from emberfs.client.kvcache.staging import Staging
 from emberfs.client.kvcache.view import View
 from emberfs.client.kvcache.writing import Writer
-from emberfs.client.lending import Lender
 from emberfs.fabric.region import view_of
 from emberfs.proto.ids import MS, SECOND, GiB, MiB
 from emberfs.runtime.tasks import TaskSet
@@ -52,7 +52,6 @@ SNAPSHOT_EVERY_BYTES = 16 * MiB  # of records
 LOGS_MAX = 32  # finished ones, until somebody writes a snapshot
 LOGS_CHANCE = 0.25  # per tick, so that not all who see them do
 REMOVE_KEYS_MAX = 3 * KEYS_MAX  # published by one append, which they fit into
-STAGING_BYTES = 256 * MiB
 FAILURES_MAX = 3
 BREAK_FIRST_NS, BREAK_MAX_NS = 1 * SECOND, 30 * SECOND
 
@@ -79,7 +78,7 @@ class KVCache:
         self._block_bytes_max = block_bytes_max
         self._snapshot_every_bytes = snapshot_every_bytes
         self._tasks = TaskSet()
-        self._lender = Lender(STAGING_BYTES)
+        self._staging = Staging()
         # Of their own: a full disk is no reason not to read.
         self._reading, self._changing = (
             Breaker(FAILURES_MAX, BREAK_FIRST_NS, BREAK_MAX_NS) for _ in range(2)
@@ -88,7 +87,7 @@ class KVCache:
         self._closed = False
         writer = self._env.random.getrandbits(64)
         logs, segments = f"{directory}/index", f"{directory}/segments"
-        self._view = View(fs, logs, self._tasks)
+        self._view = View(fs, logs, self._tasks, directory.rpartition("/")[2])
         self._own = OwnLog(
             fs,
             logs,
@@ -109,8 +108,8 @@ class KVCache:
             segment_bytes=segment_bytes,
             byte_cap=byte_cap,
         )
-        self._reader = Reader(self._view, self._segments, self._lender)
-        self._writer = Writer(self._view, self._segments, self._own, self._lender)
+        self._reader = Reader(self._view, self._segments, self._staging)
+        self._writer = Writer(self._view, self._segments, self._own, self._staging)
         self._snapshots = Snapshots(fs, logs, segments, self._view, self._own, writer)
 
     @classmethod
@@ -263,7 +262,7 @@ class KVCache:
             ending.cancel()
         await self._tasks.close()
         await asyncio.gather(ending, return_exceptions=True)
-        self._lender.close()
+        self._staging.close()
 
     async def _end(self) -> None:
         try:

@@ -26,4 +26,4 @@ FAILED_CALLS = Counter(
 )
 BREAKER_OPENED = Counter("emberfs_kvcache_breaker_opened", "How often calls were stopped")
 SNAPSHOTS = Counter("emberfs_kvcache_snapshots", "Snapshots of the index written")
-BLOCKS = Gauge("emberfs_kvcache_blocks", "Blocks in the index of this process")
+BLOCKS = Gauge("emberfs_kvcache_blocks", "Blocks in the index of this process", ["namespace"])

@@ -15,15 +15,15 @@ from emberfs.client.kvcache.index import Location
 from emberfs.client.kvcache.records import FileId
 from emberfs.client.kvcache.segments import ReadRequest, Segments
 from emberfs.client.kvcache.slots import Run, runs_of
+from emberfs.client.kvcache.staging import Staging, rounded
 from emberfs.client.kvcache.view import View
-from emberfs.client.lending import Lender
 from emberfs.fabric.region import Slice
 from emberfs.proto.ids import MiB
 from emberfs.runtime.checksum import crc32c
 
 log = logging.getLogger("emberfs.client.kvcache")
 
-GROUP_BYTES = 32 * MiB  # read at once by one call
+GROUP_BYTES = 32 * MiB  # of memory that one call takes at a time
 TAINTED_MAX = 3  # a read begins again when a server may still write into its memory
 
 _PLACE = struct.Struct("<QIQI")
@@ -32,10 +32,10 @@ _PLACE = struct.Struct("<QIQI")
 class Reader:
     """Fetches blocks of a namespace."""
 
-    def __init__(self, view: View, segments: Segments, lender: Lender) -> None:
+    def __init__(self, view: View, segments: Segments, staging: Staging) -> None:
         self._view = view
         self._segments = segments
-        self._lender = lender
+        self._staging = staging
         self.touched: dict[FileId, None] = {}  # read from, since whoever tells others emptied it
 
     async def fetch(
@@ -55,11 +55,12 @@ class Reader:
         group: list[Run] = []
         size = 0
         for run in runs_of(fitting):
-            if group and size + run.stop - run.start > GROUP_BYTES:
+            taken = rounded(run.stop - run.start)
+            if group and size + taken > GROUP_BYTES:
                 await self._fetch_runs(group, keys, sinks, call)
                 group, size = [], 0
             group.append(run)
-            size += run.stop - run.start
+            size += taken
         if group:
             await self._fetch_runs(group, keys, sinks, call)
 
@@ -107,7 +108,7 @@ class Reader:
         views: list[memoryview | None] = [None] * len(runs)
         waiting = list(range(len(runs)))
         for _ in range(TAINTED_MAX):
-            lent = [self._lender.lend(runs[n].stop - runs[n].start) for n in waiting]
+            lent = [self._staging.lend(runs[n].stop - runs[n].start) for n in waiting]
             requests: list[ReadRequest] = [
                 (files[runs[n].segment], runs[n].start, buffer)
                 for n, (buffer, _) in zip(waiting, lent, strict=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from emberfs.client.kvcache.index import Location
 from emberfs.client.kvcache.records import SLOT_BYTES, FileId
 
-RUN_BYTES_MAX = 4 << 20  # of one read: neighbours are read together
+RUN_BYTES_MAX = 4 << 20  # of neighbours that are read or written together
 GAP_BYTES_MAX = 64 << 10  # that a read may carry along uselessly between two blocks
 LOG, SNAPSHOT, BESIDE = "log-", "snapshot-", "new-"
 

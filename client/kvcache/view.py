@@ -59,11 +59,13 @@ class Loaded:
 class View:
     """The index and the logs that feed it."""
 
-    def __init__(self, fs: FileSystem, directory: str, tasks: TaskSet) -> None:
+    def __init__(self, fs: FileSystem, directory: str, tasks: TaskSet, label: str) -> None:
+        """`label` names it in the counters."""
         self._fs = fs
         self._env = fs.cluster.env
         self._directory = directory
         self._tasks = tasks
+        self._blocks = metrics.BLOCKS.labels(label)
         self._now = Loaded()
         self._task: asyncio.Task[OSError | None] | None = None
         self._began_ns = -(1 << 62)
@@ -145,7 +147,7 @@ class View:
         except OSError as problem:
             return problem
         metrics.REFRESH_SECONDS.observe((self._env.now_ns() - began_ns) / SECOND)
-        metrics.BLOCKS.set(len(self.index))
+        self._blocks.set(len(self.index))
         return None
 
     async def _look(self) -> bool:
@@ -225,7 +227,7 @@ class View:
 
     def _take(self, fresh: Loaded) -> None:
         self._now = fresh
-        metrics.BLOCKS.set(len(fresh.index))
+        self._blocks.set(len(fresh.index))
 
     def _forget(self, follower: Follower) -> None:
         if follower.file is not None:

@@ -8,11 +8,9 @@ from emberfs.client.kvcache.ownlog import OwnLog
 from emberfs.client.kvcache.reading import checksum_of
 from emberfs.client.kvcache.records import KEYS_MAX, FileId, Put
 from emberfs.client.kvcache.segments import Filling, Segments
+from emberfs.client.kvcache.slots import RUN_BYTES_MAX
+from emberfs.client.kvcache.staging import Staging
 from emberfs.client.kvcache.view import View
-from emberfs.client.lending import Lender
-from emberfs.proto.ids import MiB
-
-WRITE_BYTES_MAX = 8 * MiB  # of neighbours that are written together
 
 
 class _Run:
@@ -30,11 +28,11 @@ class _Run:
 class Writer:
     """Stores blocks in a namespace."""
 
-    def __init__(self, view: View, segments: Segments, own: OwnLog, lender: Lender) -> None:
+    def __init__(self, view: View, segments: Segments, own: OwnLog, staging: Staging) -> None:
         self._view = view
         self._segments = segments
         self._own = own
-        self._lender = lender
+        self._staging = staging
 
     async def put(self, keys: Sequence[bytes], sources: Sequence[memoryview], call: Call) -> None:
         """Store blocks. Raises OSError when some could not be; the others are stored."""
@@ -57,7 +55,7 @@ class Writer:
         The checksum is of what is sent, should the caller change his buffer meanwhile.
         """
         filling, start = run.filling, run.start
-        buffer, view = self._lender.lend(run.stop - start)
+        buffer, view = self._staging.lend(run.stop - start)
         checksums: list[int] = []
         end = 0
         for position, offset in run.items:
@@ -114,7 +112,7 @@ def _runs_of(
     last: _Run | None = None
     for position, (filling, offset) in zip(positions, placed, strict=True):
         stop = offset + len(sources[position])
-        if last is None or last.filling is not filling or stop - last.start > WRITE_BYTES_MAX:
+        if last is None or last.filling is not filling or stop - last.start > RUN_BYTES_MAX:
             last = _Run(filling, offset)
             runs.append(last)
         last.items.append((position, offset))

@@ -1,5 +1,6 @@
 """The KV cache on a real cluster: several processes, killed writers, damaged files, its bounds."""
 
+import asyncio
 import contextlib
 import os
 import random
@@ -13,10 +14,13 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from emberfs.client.file import connect
 from emberfs.client.kvcache.blocking import BlockingKVCache
+from emberfs.client.kvcache.cache import KVCache
 from emberfs.client.kvcache.records import FileId, decode
 from emberfs.client.kvcache.slots import parse_log
 from emberfs.proto.ids import MS, SECOND, MiB
+from emberfs.runtime.real import RealEnv
 from integration.harness import LocalCluster, wait_until
 from integration.kvcache_peer import (
     BLOCK_BYTES,
@@ -106,6 +110,42 @@ def test_blocks_of_any_size_land_in_any_buffer(shared: LocalCluster) -> None:
             cache.get_many([b"k"], [])
         with pytest.raises(ValueError, match="read-only"):
             cache.get_many([b"k"], [b"abc"])
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_tasks_share_one_cache_and_may_be_cancelled(shared: LocalCluster, transport: str) -> None:
+    """A caller that goes away in the middle of a call leaves the cache as good as before."""
+
+    async def story() -> None:
+        plan, env = shared.plan, RealEnv()
+        if transport == "tcp":
+            env.host_key = "another-host"  # then no memory can be shared
+        async with connect(plan.mgmtd_address, cluster=plan.cluster, env=env) as fs:
+            opened = await KVCache.open(
+                fs, "/kv", namespace=(transport, 3), byte_cap=CAP, segment_bytes=SEGMENT
+            )
+            async with opened as cache:
+                await asyncio.gather(*(lane(cache, n) for n in range(4)))
+            with pytest.raises(ValueError, match="closed"):
+                await cache.get_many([b"k"], [bytearray(1)])
+
+    async def lane(cache: KVCache, number: int) -> None:
+        dice = random.Random(number)
+        mine = [b"%d/%d" % (number, n) for n in range(30)]
+        blocks = [block_of(key) for key in mine]
+        buffers = [bytearray(BLOCK_BYTES) for _ in mine]
+        for _ in range(12):
+            do = dice.choice([cache.put_many, cache.get_many])
+            task = asyncio.ensure_future(do(mine, blocks if do == cache.put_many else buffers))
+            await asyncio.sleep(dice.uniform(0, 0.02))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert all(await cache.put_many(mine, blocks, deadline_ns=PATIENT_NS))
+        lengths = await cache.get_many(mine, buffers, deadline_ns=PATIENT_NS)
+        assert lengths == [BLOCK_BYTES] * 30
+        assert buffers == blocks
+
+    asyncio.run(story())
 
 
 def test_a_restart_finds_everything(shared: LocalCluster) -> None:
