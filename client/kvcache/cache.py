@@ -308,6 +308,7 @@ class KVCache:
         misses = call.settle(outcome)
         if outcome:
             metrics.FAILED_CALLS.labels(outcome).inc()
+        if outcome and not call.reached:
             breaker.failed(now_ns)
             if breaker.is_open and not was_open:
                 metrics.BREAKER_OPENED.inc()

@@ -245,6 +245,21 @@ class Index:
 
     # ------------------------------------------------------------ snapshots
 
+    def copy(self) -> "Index":
+        """What is known now, for `dump`: it costs a hundredth of that."""
+        made = Index()
+        made.sequence = self.sequence
+        made._rows = self._rows.copy()
+        for name, segment in self._segments.items():
+            clone = Segment(name, segment.handle, segment.capacity)
+            clone.used, clone.sealed, clone.live = segment.used, segment.sealed, segment.live
+            clone.keys = segment.keys.copy()
+            made._segments[name] = made._by_handle[clone.handle] = clone
+        made._handles = self._handles
+        made._dead = self._dead.copy()
+        made._graves, made._old_graves = self._graves.copy(), self._old_graves.copy()
+        return made
+
     def dump(self) -> Iterator[Message]:
         """All of it, as messages of a snapshot; it must not change meanwhile."""
         dead = list(self._dead)
@@ -268,7 +283,6 @@ class Index:
         keys = [
             k for k in dict.fromkeys(segment.keys) if k in rows and rows[k][1] == segment.handle
         ]
-        segment.keys = list(keys)
         for at in range(0, len(keys), KEYS_MAX):
             part = keys[at : at + KEYS_MAX]
             orders, _, offsets, lengths, checksums = zip(*(rows[k] for k in part), strict=True)

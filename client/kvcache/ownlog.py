@@ -7,6 +7,7 @@ known nothing more goes to that log: the lost batch may still arrive there.
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Sequence
 
@@ -64,6 +65,7 @@ class OwnLog:
         self._file: File | None = None
         self._number = 0
         self._sound = True
+        self._closed = False
         self._grew_ns = 0
         self.offset = 0  # bytes in the current log
         self.appended_bytes = 0  # since whoever writes snapshots has set it to 0
@@ -79,6 +81,8 @@ class OwnLog:
         if not messages:
             return
         async with self.lock:
+            if self._closed:
+                raise OSError(errno.ESHUTDOWN, "the KV cache is closed")
             await self._append(messages)
 
     async def keep_alive(self) -> None:
@@ -87,13 +91,16 @@ class OwnLog:
             await self.append([Alive()])
 
     async def close(self) -> None:
-        """End the log."""
-        if self._file is None:
-            return
-        if self._sound:
-            await self.append([End(0)])
-        await close_quietly(self._file)
-        self._file = None
+        """End the log; nothing can be appended any more."""
+        async with self.lock:
+            self._closed = True
+            if self._file is None:
+                return
+            if self._sound:
+                await self._append([End(0)])
+            if self._file is not None:
+                await close_quietly(self._file)
+                self._file = None
 
     async def _append(self, messages: Sequence[Message]) -> None:
         await self._leave_if_unfit()

@@ -10,6 +10,7 @@ import logging
 from emberfs.client.file import FileSystem
 from emberfs.client.gather import gather_all
 from emberfs.client.kvcache import metrics
+from emberfs.client.kvcache.index import Index
 from emberfs.client.kvcache.ownlog import DEAD_NS, OwnLog, close_quietly
 from emberfs.client.kvcache.records import Covered, End, FileId, Message, encode
 from emberfs.client.kvcache.slots import (
@@ -55,7 +56,8 @@ class Snapshots:
         try:
             async with self._view.lock, self._own.lock:
                 number, covered = self._view.snapshot + 1, self._covered()
-                pieces = await self._encode(number, covered)
+                index = self._view.index.copy()  # calls go on while it is packed
+            pieces = await self._encode(number, covered, index)
             for piece in pieces:
                 await file.write(piece)
             await file.fsync()
@@ -77,8 +79,8 @@ class Snapshots:
             covered[self._own.current] = self._own.offset
         return covered
 
-    async def _encode(self, number: int, covered: dict[FileId, int]) -> list[bytes]:
-        name, index = FileId(number, 0), self._view.index
+    async def _encode(self, number: int, covered: dict[FileId, int], index: Index) -> list[bytes]:
+        name = FileId(number, 0)
         parts: list[list[bytes]] = [[]]
         offset = size = count = 0
 
@@ -94,7 +96,7 @@ class Snapshots:
         add(Covered(list(covered.items())))
         for message in index.dump():
             add(message)
-            await self._env.sleep_ns(0)  # calls go on meanwhile
+            await self._env.sleep_ns(0)
         add(End(count))
         return [b"".join(part) for part in parts]
 

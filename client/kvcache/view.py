@@ -69,9 +69,8 @@ class View:
         self._now = Loaded()
         self._task: asyncio.Task[OSError | None] | None = None
         self._began_ns = -(1 << 62)
-        self._lost: set[FileId] = set()
         self.own: OwnLog | None = None  # set by who makes both
-        self.lock = asyncio.Lock()  # held while logs of others are applied, or all is dumped
+        self.lock = asyncio.Lock()  # held while logs of others are applied
 
     @property
     def index(self) -> Index:
@@ -99,10 +98,7 @@ class View:
 
     def lost(self, segment: FileId) -> None:
         """A segment's file is not there."""
-        if self.lock.locked():
-            self._lost.add(segment)
-        else:
-            self.index.drop(segment)
+        self.index.drop(segment)
 
     # ------------------------------------------------------------ keeping up
 
@@ -141,9 +137,6 @@ class View:
                         break
                 else:
                     return TimeoutError(f"{self._directory}: logs go faster than they can be read")
-                for segment in self._lost:
-                    self.index.drop(segment)
-                self._lost.clear()
         except OSError as problem:
             return problem
         metrics.REFRESH_SECONDS.observe((self._env.now_ns() - began_ns) / SECOND)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberfs.client.kvcache import records as rec
+from emberfs.client.kvcache.reading import checksum_of
 from emberfs.client.kvcache.records import Batch, FileId
 
 U32 = st.integers(0, 2**32 - 1)
@@ -149,3 +150,22 @@ def test_a_full_batch_fits() -> None:
         assert plain(rec.decode(FileId(2, 2), 0, memoryview(data)).batches) == plain(
             [Batch(1, message)]
         )
+
+
+@given(KEY, FILE, st.integers(0, 2**20), st.binary(min_size=1, max_size=500), st.data())
+def test_a_block_verifies_only_as_itself(
+    key: bytes, segment: FileId, slot: int, block: bytes, data: st.DataObject
+) -> None:
+    """Any byte changed, cut off, or taken for another key, place or segment: another checksum."""
+    offset = slot * rec.SLOT_BYTES
+    sound = checksum_of(key, segment, offset, memoryview(block))
+    damaged = bytearray(block)
+    damaged[data.draw(st.integers(0, len(block) - 1))] ^= data.draw(st.integers(1, 255))
+    assert checksum_of(key, segment, offset, memoryview(damaged)) != sound
+    assert checksum_of(key, segment, offset, memoryview(block)[:-1]) != sound
+    assert checksum_of(key, segment, offset + rec.SLOT_BYTES, memoryview(block)) != sound
+    assert (
+        checksum_of(key, segment._replace(number=1 ^ segment.number), offset, memoryview(block))
+        != sound
+    )
+    assert checksum_of(bytes([key[0] ^ 1]) + key[1:], segment, offset, memoryview(block)) != sound
