@@ -148,13 +148,18 @@ async def remove_all(cache: KVCache, keys: Sequence[bytes], batch: int) -> float
     return len(keys) / (time.perf_counter() - began)
 
 
-def dict_limit(keys: Sequence[bytes]) -> float:
-    """Keys per second deleted from a plain dict, one by one."""
-    table = dict.fromkeys(keys, (1, 2, 3))
+def unlink_limit(directory: Path, count: int = 4000) -> float:
+    """Files per second removed by one process: what a file for each block would cost at least."""
+    directory.mkdir()
+    paths = [directory / str(number) for number in range(count)]
+    for path in paths:
+        path.touch()
     began = time.perf_counter()
-    for key in keys:
-        del table[key]
-    return len(keys) / (time.perf_counter() - began)
+    for path in paths:
+        path.unlink()
+    took_s = time.perf_counter() - began
+    directory.rmdir()
+    return count / took_s
 
 
 async def figures(cluster: LocalCluster, fs: FileSystem) -> None:
@@ -179,7 +184,7 @@ async def figures(cluster: LocalCluster, fs: FileSystem) -> None:
         assert not readers.misses, "a block was not found"
         for batch in (64, 1024, REMOVE_BATCH):
             some = await put_tiny(cache, b"%d" % batch, min(TINY, 128 * batch))
-            limit, said = dict_limit(some), "del from a dict"
+            limit, said = unlink_limit(cluster.root / "names"), "unlink of plain local files"
             figure = await remove_all(cache, some, batch)
             report(f"remove, batch {batch}", figure, "per s", limit, said)
 
