@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from prometheus_client import REGISTRY
 
 from emberfs.client.file import connect
+from emberfs.client.kvcache import ownlog
 from emberfs.client.kvcache.blocking import BlockingKVCache
 from emberfs.client.kvcache.cache import KVCache
 from emberfs.client.kvcache.records import FileId, decode
@@ -165,6 +167,32 @@ def test_a_restart_finds_everything(shared: LocalCluster) -> None:
     for _ in range(2):
         with cache_of(shared, "restart") as cache:
             assert versions_read(cache, keys(0, 64)) == expected
+
+
+@pytest.mark.parametrize(("bound", "value"), [("LOG_BYTES", 9000), ("LEAVE_NS", 0)])
+def test_one_log_follows_another(
+    shared: LocalCluster, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    """A log that is full, or that others may take for dead, is left for the next one."""
+    monkeypatch.setattr(ownlog, bound, value)
+    namespace = f"next {bound}"
+    index = shared.mount / "kv" / quote(namespace) / "index"
+    with peer_of(shared, namespace) as other, cache_of(shared, namespace) as cache:
+        for first in range(0, 800, 20):
+            store(cache, keys(first, first + 20))
+            assert all(cache.remove_many(keys(first, first + 5)))
+        assert len(os.listdir(index)) > 2
+        expected = [-1 if n % 20 < 5 else 0 for n in range(800)]
+        time.sleep(0.1)
+        assert other.ask("get", keys=names(0, 800)) == expected
+        time.sleep(2.5)  # its own logs of before are read by the cache as well
+        assert versions_read(cache, keys(0, 800)) == expected
+    with cache_of(shared, namespace, snapshot_every_bytes=1) as cache:
+        assert versions_read(cache, keys(0, 800)) == expected
+        store(cache, [b"one more"])
+        wait_until(lambda: len(os.listdir(index)) <= 3, 10)
+    with cache_of(shared, namespace) as cache:
+        assert versions_read(cache, keys(0, 800)) == expected
 
 
 def test_a_writer_killed_amid_puts_leaves_whole_blocks(shared: LocalCluster) -> None:
