@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml runtime/_native.c client/_statfs.c deploy/install.sh
 
-.PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
+.PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench bench-fio proto help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -70,6 +70,10 @@ demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch 
 
 bench: $(VENV)/installed-test  ## figures, limits and ratios
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-fio: $(VENV)/installed-test  ## fio's figures, limits, ratios, CPU per process; plots into docs (SECONDS=10 ONLY=names)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --group plots
+	@$(BIN)/python bench/bench_fio.py --seconds $(or $(SECONDS),10) --plots docs $(if $(ONLY),--only $(ONLY))
 
 proto: $(VENV)/installed-test  ## regenerate the gRPC stubs
 	@out=$$(mktemp -d) && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I tests/typecheck --python_out=$$out \

@@ -71,7 +71,9 @@ OPTIONS: dict[str, dict[str, object]] = {
     "blocks of all sizes": {"bsrange": "512-128k"},
     "blocks of all sizes, not aligned": {"bsrange": "512-128k", "bs_unaligned": 1},
     "blocks of 512 bytes, direct": {"bs": "512", "direct": 1, "size": "64k"},
-    "many small files": {"nrfiles": 32, "openfiles": 8, "filesize": "8k", "bs": "1k", "size": "256k"},
+    "many small files": {
+        "nrfiles": 32, "openfiles": 8, "filesize": "8k", "bs": "1k", "size": "256k",
+    },
     "a hot spot": {"random_distribution": "zipf:1.2", "norandommap": 1, "io_size": "4m"},
     "registered buffers and files": {
         "ioengine": "io_uring", "iodepth": 16, "direct": 1, "fixedbufs": 1, "registerfiles": 1,
