@@ -279,6 +279,8 @@ class ChunkReader:
         first = job.spread % len(places)
         best = places[first]
         best_cost = self._cost(best.node)
+        if best_cost <= LEAN:  # nobody can be so much less busy
+            return best
         for step in range(1, len(places)):
             other = places[(first + step) % len(places)]
             if self._cost(other.node) + LEAN < best_cost:
