@@ -200,7 +200,8 @@ def curves(
                     row.append(made[f"{SWEEP} {side}"])
                 except FioError as problem:
                     print(f"    {place.name}: {problem}")
-                    row.append(None)
+                    row += [None] * (len(points) - len(row))
+                    break
     return {row: made for row, made in found.items() if any(made)}
 
 
