@@ -26,26 +26,26 @@ VERIFY: dict[str, object] = {
 ENGINES = [
     ("psync", 0, "4k", "randrw", "1m"),
     ("psync", 1, "4k", "randwrite", "512k"),
-    ("psync", 0, "4m", "write", "24m"),
+    ("psync", 0, "4m", "write", "16m"),
     ("sync", 0, "64k", "randwrite", "8m"),
     ("sync", 1, "1m", "write", "16m"),
     ("libaio", 0, "16k", "randrw", "4m"),
     ("libaio", 1, "4k", "randwrite", "1m"),
-    ("libaio", 1, "4m", "randwrite", "32m"),
+    ("libaio", 1, "4m", "randwrite", "16m"),
     ("io_uring", 0, "64k", "randwrite", "8m"),
     ("io_uring", 1, "4k", "randrw", "1m"),
     ("io_uring", 1, "1m", "randwrite", "16m"),
     ("mmap", 0, "4k", "randwrite", "1m"),
-    ("mmap", 0, "1m", "randrw", "16m"),
+    ("mmap", 0, "1m", "randrw", "8m"),
 ]
 ASYNCHRONOUS = ("libaio", "io_uring")
 
-# What is changed in a job of random writes of 16 KiB to a file of 2 MiB.
+# What is changed in a job of random writes of 16 KiB to a file of 1 MiB.
 OPTIONS: dict[str, dict[str, object]] = {
-    "four jobs, a file each": {"numjobs": 4, "size": "1m"},
-    "four jobs in one file": {"numjobs": 4, "filename": "one", "offset_increment": "2m"},
+    "four jobs, a file each": {"numjobs": 4, "size": "512k"},
+    "four jobs in one file": {"numjobs": 4, "filename": "one", "offset_increment": "1m"},
     "four jobs in one file, direct and deep": {
-        "numjobs": 4, "filename": "deep", "offset_increment": "2m", "direct": 1,
+        "numjobs": 4, "filename": "deep", "offset_increment": "1m", "direct": 1,
         "ioengine": "libaio", "iodepth": 8,
     },
     "verified while it writes": {"verify_backlog": 32},
@@ -66,15 +66,15 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fallocate=truncate": {"fallocate": "truncate"},
     "overwrite of a file laid out before": {"overwrite": 1, "pre_read": 1},
     "behind the end": {"rw": "write", "file_append": 1},
-    "time_based": {"time_based": 1, "runtime": 2, "verify_backlog": 64},
-    "again and again": {"loops": 3, "size": "1m"},
+    "time_based": {"time_based": 1, "runtime": 1, "verify_backlog": 16},
+    "again and again": {"loops": 3, "size": "512k"},
     "blocks of all sizes": {"bsrange": "512-128k"},
     "blocks of all sizes, not aligned": {"bsrange": "512-128k", "bs_unaligned": 1},
     "blocks of 512 bytes, direct": {"bs": "512", "direct": 1, "size": "64k"},
     "many small files": {
         "nrfiles": 32, "openfiles": 8, "filesize": "8k", "bs": "1k", "size": "256k",
     },
-    "a hot spot": {"random_distribution": "zipf:1.2", "norandommap": 1, "io_size": "4m"},
+    "a hot spot": {"random_distribution": "zipf:1.2", "norandommap": 1, "io_size": "2m"},
     "registered buffers and files": {
         "ioengine": "io_uring", "iodepth": 16, "direct": 1, "fixedbufs": 1, "registerfiles": 1,
     },
@@ -145,7 +145,7 @@ def test_every_engine_verifies(
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_verifies(place: Path, io_uring: bool, name: str) -> None:
-    usual = {"ioengine": "psync", "rw": "randwrite", "bs": "16k", "size": "2m"}
+    usual = {"ioengine": "psync", "rw": "randwrite", "bs": "16k", "size": "1m"}
     perform(place, io_uring, **(usual | OPTIONS[name]))
 
 
@@ -188,7 +188,7 @@ def test_a_storage_is_killed_under_verification(fresh: LocalCluster) -> None:
     fio = subprocess.Popen(
         command(
             fresh.mount, ioengine="libaio", iodepth=8, direct=1, rw="randwrite", bs="16k",
-            size="8m", numjobs=2, verify_backlog=16, rate_iops=60, fsync=32,
+            size="5m", numjobs=2, verify_backlog=16, rate_iops=60, fsync=32,
         ),
         stdout=subprocess.PIPE,
         cwd=fresh.root,
