@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml $(wildcard runtime/*.c client/*.c client/native/*.c) deploy/install.sh
 
-.PHONY: libemberfs fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test check unit integration demo bench proto help
+.PHONY: libemberfs fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test check unit integration demo bench bench-fio proto help
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -77,6 +77,10 @@ demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch 
 
 bench: $(VENV)/installed-test  ## figures, limits and ratios
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-fio: $(VENV)/installed-test  ## fio's figures, limits, ratios, CPU per process; plots into docs (SECONDS=10 ONLY=names)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --group plots
+	@$(BIN)/python bench/bench_fio.py --seconds $(or $(SECONDS),10) --plots docs $(if $(ONLY),--only $(ONLY))
 
 libemberfs:                    ## the C library of rings, with its header (PREFIX=/usr/local)
 	@deploy/build_library.sh $(or $(PREFIX),$(VENV))

@@ -234,7 +234,7 @@ def draw(samples: Sequence[tuple[float, float, float]], picture: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no picture: pip install --group bench")
+        print("no picture: pip install --group plots")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -1,6 +1,7 @@
 """Reading pieces of chunks from any serving replica.
 
-Pieces are grouped by node into READ_BATCH calls. A piece that fails at one replica goes to the next
+Pieces are grouped by node into READ_BATCH calls; small reads of several callers share one
+(combine.py). A piece that fails at one replica goes to the next
 at once; when every replica failed it waits for newer routing, until the deadline. A node that died
 or did not answer is avoided for a while, as long as another replica serves.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from emberfs.client import metrics
+from emberfs.client.combine import Combiner
 from emberfs.client.gather import gather_all
 from emberfs.client.nodecalls import NodeCalls, RoutingView
 from emberfs.client.patience import Patience
@@ -24,6 +26,7 @@ from emberfs.proto.ids import (
     ChainId,
     ChunkId,
     InodeId,
+    KiB,
     MiB,
     NodeId,
     RoutingVersion,
@@ -45,6 +48,7 @@ ATTEMPT_NS = 1 * SECOND
 ATTEMPT_NS_PER_BYTE = 30  # a slow link of 33 MB/s is not a dead server
 SUSPECT_FIRST_NS = 1 * SECOND
 SUSPECT_MAX_NS = 15 * SECOND
+SHARED_BYTES_MAX = 16 * KiB  # a read up to this size may share a call with others
 LEAN = 8  # calls in flight by which a replica may be busier than another before it loses its turn
 
 _LOST = {Code.TIMEOUT, Code.DISCONNECTED, Code.UNREACHABLE, Code.SHUTTING_DOWN}
@@ -116,11 +120,28 @@ class ChunkReader:
         self._suspects: dict[NodeId, tuple[int, int]] = {}  # node -> (avoid until, for how long)
         self._serving: dict[ChainId, tuple[ChainTarget, ...]] = {}  # of snapshot _serving_of
         self._serving_of = -1
+        self._small = 0  # small reads under way
+        self._combiner: Combiner[Job] = Combiner(self._attempt_shared)
 
     async def read(self, jobs: Sequence[Job], timeout_ns: int) -> None:
         """Fill every sink completely. Raises TIMEOUT with the last cause, or what is final."""
         if not jobs:
             return
+        if len(jobs) > 1 or jobs[0].length > SHARED_BYTES_MAX or timeout_ns <= ATTEMPT_NS:
+            await self._read(jobs, timeout_ns)
+            return
+        self._small += 1
+        try:
+            if self._small > 1:
+                began_ns = self._env.now_ns()
+                if await self._shared(jobs[0]):
+                    return
+                timeout_ns -= self._env.now_ns() - began_ns
+            await self._read(jobs, timeout_ns)
+        finally:
+            self._small -= 1
+
+    async def _read(self, jobs: Sequence[Job], timeout_ns: int) -> None:
         began_ns = self._env.now_ns()
         batches, stuck = self._plan(jobs)
         works = [self._drive(batch, timeout_ns) for batch in batches]
@@ -128,6 +149,27 @@ class ChunkReader:
             works.append(self._drive([failure.job for failure in stuck], timeout_ns, stuck))
         await gather_all(works)
         metrics.READ_SECONDS.observe((self._env.now_ns() - began_ns) / SECOND)
+
+    async def _shared(self, job: Job) -> bool:
+        """Read by a call that others share; False: not done, it has to be read alone.
+
+        Alone is also how a failure is dealt with, from the first replica on.
+        """
+        place = self._choose(job)
+        if place is None:
+            return False
+        job.place, job.version = place, self._routing.snapshot.chains[job.chain].version
+        return await self._combiner.share(place.node, job)
+
+    async def _attempt_shared(self, jobs: list[Job]) -> list[bool]:
+        """One call for jobs of several readers, that were given the same node."""
+        began_ns = self._env.now_ns()
+        failures = await self._attempt(jobs, ATTEMPT_NS + _extra_ns(jobs))
+        metrics.READ_SECONDS.observe((self._env.now_ns() - began_ns) / SECOND)
+        if not failures:
+            return [True] * len(jobs)
+        failed = {id(failure.job) for failure in failures}
+        return [id(job) not in failed for job in jobs]
 
     async def _drive(
         self, jobs: list[Job], timeout_ns: int, stuck: list[_Failure] | None = None
@@ -237,6 +279,8 @@ class ChunkReader:
         first = job.spread % len(places)
         best = places[first]
         best_cost = self._cost(best.node)
+        if best_cost <= LEAN:  # nobody can be so much less busy
+            return best
         for step in range(1, len(places)):
             other = places[(first + step) % len(places)]
             if self._cost(other.node) + LEAN < best_cost:

@@ -29,6 +29,8 @@ class Lender:
         self._pool = BufferPool(limit_bytes)
         # The last reference may be dropped in any thread: appending to a deque is atomic.
         self._returned: deque[Slice] = deque()
+        # A reference that calls back costs a third of weakref.finalize; somebody must hold it.
+        self._loans: dict[int, tuple[weakref.ref[object], Slice]] = {}  # by id of the reference
 
     def lend(self, length: int) -> tuple[Buffer, memoryview]:
         """Return (buffer for a fabric call, its memory to hand out), of undefined content.
@@ -45,8 +47,12 @@ class Lender:
         # All slices of a view share its exporter: one of its own per loan tells when all are gone.
         size = min(1 << max(0, length - 1).bit_length(), loan.region.size_bytes - loan.offset)
         exporter = _array_of(size).from_buffer(loan.region.view, loan.offset)
-        weakref.finalize(exporter, self._returned.append, loan).atexit = False
+        reference: weakref.ref[object] = weakref.ref(exporter, self._came_back)
+        self._loans[id(reference)] = reference, loan
         return loan, memoryview(exporter).cast("B")[:length]
+
+    def _came_back(self, reference: "weakref.ref[object]") -> None:
+        self._returned.append(self._loans.pop(id(reference))[1])
 
     def close(self) -> None:
         """Release what is not lent out."""

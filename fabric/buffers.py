@@ -17,8 +17,8 @@ from emberfs.proto.ids import SECOND, KiB, MiB
 CLASS_BYTES_MIN = 4 * KiB
 CLASS_BYTES_MAX = 64 * MiB
 SLAB_BYTES = 4 * MiB  # larger classes have a slab of one buffer
-# What a pool keeps for its next user; above it, idle slabs go back to the kernel. Enough for a
-# stream's usual window, so that a steady load never allocates.
+# What a pool keeps for its next user, beside the slab used last; above it, slabs go back to the
+# kernel, idle for longest first. Enough for a stream's usual window: a steady load never allocates.
 IDLE_BYTES_MAX = 24 * MiB
 
 
@@ -45,6 +45,7 @@ class BufferPool:
         self.taken_bytes = 0  # in use, by class size
         self._slabs: dict[int, _Slab] = {}  # by region id
         self._with_room: dict[int, list[_Slab]] = {}  # by class
+        self._empty: dict[int, _Slab] = {}  # nothing of them is taken; idle for longest first
         self._waiting: deque[tuple[int, asyncio.Future[Slice]]] = deque()
 
     def take(self, length: int) -> Slice:
@@ -100,8 +101,23 @@ class BufferPool:
             slab.free.append(buffer.offset)
         if self._waiting:
             self._serve_waiting()
-        if not slab.taken and self.slab_bytes - self.taken_bytes > IDLE_BYTES_MAX:
-            self._retire(slab)
+        if not slab.taken and slab.region.id in self._slabs:
+            self._empty[slab.region.id] = slab
+            self._give_up_idle(slab)
+
+    def _give_up_idle(self, last: _Slab) -> None:
+        """Bound what is idle, but leave the slab alone that was used just now.
+
+        It is empty after every call of a lone caller, who would get a new one, and so would the
+        server that maps it, for every single call.
+        """
+        while self.slab_bytes - self.taken_bytes > IDLE_BYTES_MAX:
+            oldest = next(iter(self._empty.values()))
+            if oldest is last and last.region.size_bytes <= SLAB_BYTES:
+                return
+            self._retire(oldest)
+            if oldest is last:
+                return
 
     def close(self) -> None:
         """Release all memory that nobody uses; nothing can be taken any more."""
@@ -113,6 +129,7 @@ class BufferPool:
         for slab in list(self._slabs.values()):
             slab.region.close()
         self._with_room.clear()
+        self._empty.clear()
 
     def _class_of(self, length: int) -> int:
         class_bytes = max(CLASS_BYTES_MIN, 1 << (length - 1).bit_length()) if length else 0
@@ -139,6 +156,8 @@ class BufferPool:
         return None if grown is None else self._taken(grown, grown.free.pop(), length)
 
     def _taken(self, slab: _Slab, offset: int, length: int) -> Slice:
+        if not slab.taken:
+            self._empty.pop(slab.region.id, None)
         slab.taken.add(offset)
         self.taken_bytes += slab.class_bytes
         return Slice(slab.region, offset, length)
@@ -181,6 +200,7 @@ class BufferPool:
             slabs.remove(slab)
         slab.free.clear()
         if not slab.taken:
+            self._empty.pop(slab.region.id, None)
             del self._slabs[slab.region.id]
             self.slab_bytes -= slab.region.size_bytes
             slab.region.close()

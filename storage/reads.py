@@ -1,4 +1,4 @@
-"""Batched reads: from the page cache at once, the rest in one thread, disputed chunks by the tail.
+"""Batched reads: from the page cache at once, the rest in threads, disputed chunks by the tail.
 
 A read of the committed version takes effect when the chunk was found undisputed, even where the
 bytes come from a thread later; a read of a disputed chunk when the tail answered (readrule.py).
@@ -7,6 +7,7 @@ bytes come from a thread later; a read of a disputed chunk when the tail answere
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
+from emberfs.client.gather import gather_all
 from emberfs.fabric.call import ServerCall
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, ChainVersion, ChunkId, TargetId
@@ -32,6 +33,7 @@ from emberfs.storage.replica import TargetReplica
 from emberfs.storage.storeface import Plain
 
 DISPUTE_NS_MAX = 2 * SECOND  # then the client is sent to another replica
+COLD_LANES = 4  # threads that one call may keep busy, half of those there are
 _AGAIN_PAUSE_NS = 1 * MS
 _NOTHING = ReadResult(0, 0, 0)
 
@@ -65,9 +67,7 @@ class Reader:
         results: list[ReadResult | None] = [None] * len(operations)
         cold, disputed = self._read_cached(operations, sinks, results)
         if cold:
-            await run_thread_to_end(
-                self._env, lambda: self._read_cold(cold, operations, sinks, results)
-            )
+            await self._read_in_threads(cold, operations, sinks, results)
             self._still_ours(cold, operations, results)
         if disputed:
             deadline_ns = min(call.deadline_ns, started_ns + DISPUTE_NS_MAX)
@@ -181,6 +181,21 @@ class Reader:
             else:
                 results[i] = ReadResult(0, outcome.length, outcome.version)
         return cold
+
+    async def _read_in_threads(
+        self,
+        places: Sequence[int],
+        operations: Sequence[ReadOp],
+        sinks: Sequence[memoryview],
+        results: list[ReadResult | None],
+    ) -> None:
+        """Read from the disk: several at a time, as the readers would that share this call."""
+        lanes = min(len(places), COLD_LANES)
+
+        def lane(number: int) -> Callable[[], None]:
+            return lambda: self._read_cold(places[number::lanes], operations, sinks, results)
+
+        await gather_all([run_thread_to_end(self._env, lane(number)) for number in range(lanes)])
 
     def _read_cold(
         self,

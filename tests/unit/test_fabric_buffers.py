@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberfs.fabric.buffers import IDLE_BYTES_MAX, BufferPool
+from emberfs.fabric.buffers import IDLE_BYTES_MAX, SLAB_BYTES, BufferPool
 from emberfs.fabric.region import Region, Slice
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, KiB, MiB
@@ -179,3 +179,46 @@ def test_who_waits_for_a_buffer_waits_for_a_bounded_time() -> None:
         assert pool.taken_bytes == 0
 
     asyncio.run(scenario())
+
+
+def test_a_lone_user_keeps_its_memory_however_much_others_have_left_idle():
+    """A small buffer taken and given again and again after large ones costs no new region."""
+    pool = BufferPool(256 * MiB)
+    large = [pool.take(1 * MiB) for _ in range(64)]
+    for buffer in large:
+        pool.give(buffer)
+    regions = set()
+    for _ in range(50):
+        buffer = pool.take(4 * KiB)
+        regions.add(buffer.region.id)
+        pool.give(buffer)
+    assert len(regions) == 1
+    assert pool.slab_bytes <= IDLE_BYTES_MAX + SLAB_BYTES
+    pool.close()
+
+
+def test_a_lone_user_keeps_its_memory_beside_slabs_that_are_hardly_used():
+    """The same where nothing older can be given up: each of the other slabs has one taken."""
+    pool = BufferPool(256 * MiB)
+    large = [pool.take(1 * MiB) for _ in range(64)]
+    for place, buffer in enumerate(large):
+        if place % 4:
+            pool.give(buffer)
+    regions = set()
+    for _ in range(50):
+        buffer = pool.take(4 * KiB)
+        regions.add(buffer.region.id)
+        pool.give(buffer)
+    assert len(regions) == 1
+    pool.close()
+
+
+def test_what_has_been_idle_longest_goes_first():
+    pool = BufferPool(256 * MiB)
+    held = [pool.take(4 * MiB) for _ in range(10)]  # a slab each
+    for buffer in held:
+        pool.give(buffer)
+    assert held[0].region.fd == -1
+    assert held[-1].region.fd >= 0
+    assert pool.slab_bytes <= IDLE_BYTES_MAX
+    pool.close()
