@@ -373,9 +373,9 @@ class FileState:
 
     async def look(self, age_ns: int) -> None:
         """Before a read: an inline file is what meta has, as far as was asked `age_ns` ago."""
-        if self.small is not None:
-            if self._env.now_ns() - self.asked_ns > age_ns:
-                await self.refresh()
+        if self.small is not None and self._env.now_ns() - self.asked_ns > age_ns:
+            await self.refresh()
+        if self.small is not None:  # it may have got chunks meanwhile
             await self.small.look()
 
     def dirty_since(self, when_ns: int) -> bool:

@@ -313,3 +313,29 @@ def test_a_hole_that_a_small_file_takes_along_is_told():
         assert any(r.sparse for r in world.meta.settled)
 
     play(test)
+
+
+def test_a_file_that_gets_chunks_while_a_reader_asks_for_its_length(monkeypatch):
+    """Seed 7000480, meta storm: the reader went on with what the file was before."""
+    monkeypatch.setattr(description, "LENGTH_AGE_NS", 0)
+
+    async def test(world):
+        file = await make(world.client(), b"x" * 100)
+        asking, going_on = asyncio.Event(), asyncio.Event()
+        refresh = file.state.refresh
+
+        async def slow():
+            found = await refresh()
+            asking.set()
+            await going_on.wait()
+            return found
+
+        monkeypatch.setattr(file.state, "refresh", slow)
+        reading = asyncio.ensure_future(file.read(50, 100))
+        await asyncio.wait_for(asking.wait(), 5)
+        await file.write(0, b"y" * (LIMIT + 1))
+        assert file.state.small is None
+        going_on.set()
+        assert bytes(await asyncio.wait_for(reading, 5)) == b"y" * 100
+
+    play(test)
