@@ -319,8 +319,13 @@ class FileState:
             await self._tell_before_cut(self.settle)
 
     async def _tell_before_cut(self, settle: Callable[..., Awaitable[None]]) -> None:
+        """Tell meta of writes that it has not heard of, also below the length known here.
+
+        Another client may have cut the file before them; the answer says so.
+        """
         stop = self.buffer.committed_stop
-        if stop > self.server_length and self.write_sessions:
+        untold = stop > self.server_length or self._unsettled_stop
+        if untold and self.write_sessions:
             self.written_stop = max(self.written_stop, stop)
             session = next(iter(self.write_sessions))
             await settle(session, close=False, durable=False, want_stop=0)

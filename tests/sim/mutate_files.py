@@ -104,3 +104,17 @@ def sessions_stay_open(patch: Patch) -> None:
 def cuts_tell_no_length(patch: Patch) -> None:
     """Who cuts a file does not say how far it has written."""
     patch.set(FileState, "written", property(lambda _: 0))
+
+
+@mutation("metas, files", CONTENT)
+def short_writes_are_not_told_before_a_cut(patch: Patch) -> None:
+    """Before a cut, meta hears only of writes behind the end that this client knows."""
+
+    def make(original: Any) -> Any:
+        async def tell(self: Any, settle: Any) -> None:
+            if self.buffer.committed_stop > self.server_length:
+                await original(self, settle)
+
+        return tell
+
+    patch.wrap(FileState, "_tell_before_cut", make)

@@ -116,6 +116,7 @@ DIRECTED: dict[str, str] = {
     "settlements_ignore_the_version": "two_clients_write_one_small_file",
     "sessions_do_not_say_since_when": "a_client_is_back_and_one_server_has_not_heard_of_it",
     "short_reads_are_not_cleared": "a_chunk_grows_again_after_it_was_cut",
+    "short_writes_are_not_told_before_a_cut": "a_writer_cuts_its_file_that_another_client_has_cut",
     "silence_is_not_told": "two_replicas_do_not_reach_each_other",
     "snapshots_share_a_version": "the_leader_dies_after_a_change_and_a_client_is_new",
     "state_is_published_and_not_stored": "the_leader_dies_after_a_change_and_a_client_is_new",

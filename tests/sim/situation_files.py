@@ -203,3 +203,29 @@ async def power_of_meta_fails_before_a_writer_cuts_its_file(stage: Stage) -> Non
 
     await stage.at(0, cut)
     expect(await stage.at(1, read), OLD[:-7])
+
+
+@file_situation
+async def a_writer_cuts_its_file_that_another_client_has_cut(stage: Stage) -> None:
+    """It has written since, not as far as it thinks that the file reaches: meta hears of that.
+
+    Seed 7000363, metas: the writer did not tell, meta found a file of length 0 that was to grow,
+    and removed what lay behind its end: what the writer had just written.
+    """
+
+    async def begin(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w")
+        await file.write(OLD)  # it has chunks
+        await file.fsync()
+        return file
+
+    file = await stage.at(0, begin)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 0))
+
+    async def go_on(_: FileSystem) -> None:
+        await file.pwrite(NEW, 0)
+        await file.truncate(len(NEW) // 2)
+        await file.close()
+
+    await stage.at(0, go_on)
+    expect(await stage.at(2, read), NEW[: len(NEW) // 2])
