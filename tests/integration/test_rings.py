@@ -337,3 +337,39 @@ def test_a_storage_process_dies_under_a_ring(fresh: LocalCluster) -> None:
             assert region.view[:MiB] == DATA[:MiB]
             assert ring.write_many([(file, 4 * MiB, region.slice(0, 4096))], 30) == [4096]
         region.close()
+
+
+def test_a_storage_process_falls_silent_under_a_ring(fresh: LocalCluster) -> None:
+    """It may still write to the region when it wakes: that is told, and a new one is served."""
+    place = fresh.mount / "file"
+    place.write_bytes(DATA)
+    silent = fresh.pid("storage1")
+    with Connection(fresh.mount) as daemon, place.open("rb") as opened, Ring(daemon) as ring:
+        file, region = daemon.file(opened), daemon.region(MiB)
+        parts = [(file, 40_000 * i, region.slice(8192 * i, 8192)) for i in range(128)]
+        assert ring.read_many(parts, 30) == [8192] * 128  # of five chunks, from every replica
+        os.kill(silent, signal.SIGSTOP)
+        try:
+            tainted = False
+            for _ in range(20):
+                for result in ring.read_many(parts, 60):
+                    if isinstance(result, OSError):
+                        assert result.errno == errno.EREMOTEIO
+                        tainted = True
+                if tainted:
+                    break
+            assert tainted
+            other = daemon.region(MiB)
+            parts = [(file, 40_000 * i, other.slice(8192 * i, 8192)) for i in range(128)]
+            for _ in range(5):
+                assert ring.read_many(parts, 60) == [8192] * 128
+                for i in range(128):
+                    found = other.view[8192 * i : 8192 * i + 8192]
+                    assert found == DATA[40_000 * i : 40_000 * i + 8192]
+        finally:
+            os.kill(silent, signal.SIGCONT)
+        memory = bytearray(100_000)
+        assert ring.read_many([(file, 5, memory)], 60) == [100_000]
+        assert memory == DATA[5:100_005]
+        region.close()
+        other.close()
