@@ -374,10 +374,11 @@ def _written(context: Context, txn: Transaction, inode: Inode, request: SettleRe
 async def _settled(
     txn: Transaction, context: Context, inode: Inode, request: SettleRequest
 ) -> Inode:
+    told_again = await inline.has(txn, inode, request)
     written = _written(context, txn, inode, request)
     await charge_growth(txn, inode, written.length, forced=True)  # it is written
-    changed = inode
-    if written is not inode or request.mtime_ns is not None:
+    changed = written if told_again else inode
+    if not told_again and (written is not inode or request.mtime_ns is not None):
         privileged = True
         if inode.mode & _SET_ID:
             session = await _find_session(txn, inode.id, request.session)

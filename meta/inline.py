@@ -75,6 +75,17 @@ def store_content(txn: Transaction, inode: Inode, content: bytes) -> None:
         txn.clear(key)
 
 
+async def has(txn: Transaction, inode: Inode, request: SettleRequest) -> bool:
+    """Tell whether a request only tells again what is there: to make it stable, at another life.
+
+    Who has written since says when.
+    """
+    if request.content is None or request.mtime_ns is not None or not inode.inline:
+        return False
+    there = await read_content(txn, inode)
+    return inode.length == request.length and there == request.content.rstrip(b"\0")
+
+
 def put(txn: Transaction, versions: Versions, inode: Inode, request: SettleRequest) -> Inode:
     """Replace the content; returns the inode with new length and version. SUPERSEDED, INVALID."""
     content, length = request.content, request.length

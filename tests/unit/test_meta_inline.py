@@ -98,6 +98,23 @@ def test_contents_that_cannot_be_are_refused(data: bytes, length: int | None) ->
     play_inline(scene)
 
 
+def test_what_is_told_again_keeps_its_times() -> None:
+    """Found by the model: close after ftruncate, or after futimens, set the mtime to now."""
+
+    async def scene(w: World) -> None:
+        made = await w.mknod(b"a", stat.S_IFREG | 0o644)
+        told = await put(w, made, b"hello", mtime_ns=5)
+        again = await put(w, told, b"hello", durable=True)
+        assert (again.mtime_ns, again.ctime_ns) == (5, told.ctime_ns)
+        assert again.inline_version > told.inline_version
+        other = await put(w, again, b"hallo")
+        assert other.mtime_ns > 5
+        longer = await put(w, await put(w, other, b"hallo", mtime_ns=5), b"hallo", length=6)
+        assert longer.mtime_ns > 5
+
+    play_inline(scene)
+
+
 def test_zeros_at_the_end_are_not_kept_and_an_empty_content_has_no_row() -> None:
     async def scene(w: World) -> None:
         made = await put(w, await w.create(b"a"), b"ab\0\0\0")

@@ -321,6 +321,26 @@ def _name(number: int) -> str:
     return errno.errorcode.get(number, "success")
 
 
+def test_close_does_not_touch_times_that_were_set_after_the_last_write() -> None:
+    """Found by the model, of small files: what close made stable was told with the time of then."""
+    world = Agreement()
+    try:
+        me = (0, ROOT, 0, ())
+        world.begin(small=True)
+        world.open_file(me, (0, "a"), "w", True)
+        world.cut_open_file(0, 2, ())
+        world.utime(me, "/a", (11, 12))
+        world.close(0, ())
+        world.agree()
+        world.open_file(me, "/a", "r+", True)
+        world.cut_open_file(0, 0, ())
+        world.listing(me, "/")
+        world.close(0, ())
+        world.agree()
+    finally:
+        world.teardown()
+
+
 Agreement.TestCase.settings = settings(
     max_examples=EXAMPLES,
     stateful_step_count=STEPS,

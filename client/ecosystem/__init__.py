@@ -1,0 +1,1 @@
+"""What other projects' interfaces see of emberfs."""
