@@ -26,10 +26,14 @@ from emberfs.proto.ids import MiB
 
 BUFFER_BYTES = 4 * MiB  # of a file that is opened
 _OPEN_AT_ONCE = 64  # files of one cat_ranges
+_connected_pid = 0  # the process that has connected, to whatever cluster; children inherit it
 
 
 class EmberFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """Any number of threads may use it; after a fork the child connects anew."""
+    """Any number of threads may use it. What is pickled, or used first after a fork, connects anew.
+
+    gRPC does not survive a fork: a child of a process that has connected cannot (RuntimeError).
+    """
 
     protocol = clusterurl.SCHEME
     root_marker = "/"
@@ -50,7 +54,6 @@ class EmberFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         self._auto_mkdir = auto_mkdir
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._client_pid = 0
 
     @property
     def fsid(self) -> str:
@@ -60,20 +63,28 @@ class EmberFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     @property
     def client(self) -> Client:
         """The connection of this process."""
-        if self._client is None or self._client_pid != os.getpid():
-            if self._client_pid not in (0, os.getpid()):
-                self._lock = threading.Lock()  # whoever held it lives in the parent
-            with self._lock:
-                if self._client is None or self._client_pid != os.getpid():
-                    self._client = Client(self._addresses, cluster=self._cluster)
-                    self._client_pid = os.getpid()
+        if self._client is None or _connected_pid != os.getpid():
+            self._connect()
+        assert self._client is not None
         return self._client
+
+    def _connect(self) -> None:
+        global _connected_pid
+        if _connected_pid not in (0, os.getpid()):
+            raise RuntimeError(
+                "this process was forked from one that is connected to emberfs, and gRPC does not "
+                "survive that: start workers with spawn or forkserver, or connect in them first"
+            )
+        with self._lock:
+            if self._client is None:
+                _connected_pid = os.getpid()
+                self._client = Client(self._addresses, cluster=self._cluster)
 
     def close(self) -> None:
         """Disconnect; the next use connects again."""
         with self._lock:
             client, self._client = self._client, None
-        if client is not None and self._client_pid == os.getpid():
+        if client is not None and _connected_pid == os.getpid():
             client.close()
 
     @classmethod
