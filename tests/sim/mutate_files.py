@@ -88,6 +88,12 @@ def cuts_forget_the_buffer(patch: Patch) -> None:
     patch.set(FileState, "_drain_for_cut", drain_for_cut)
 
 
+@mutation("files, metas", CONTENT)
+def cuts_tell_no_writes_below_the_end(patch: Patch) -> None:
+    """Who cuts a file has told before what it wrote behind the end, and nothing else."""
+    patch.set(FileState, "_untold", lambda self, stop: stop > self.server_length)
+
+
 @mutation("files, names", f"{FOUND}")
 def sessions_stay_open(patch: Patch) -> None:
     """close does not end the session."""

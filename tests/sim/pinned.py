@@ -36,6 +36,7 @@ DIRECTED: dict[str, str] = {
     "cuts_of_the_dead_are_left": "a_server_dies_amid_a_truncation_and_stays_away",
     "cuts_take_what_is_known_only": "a_file_is_cut_beyond_the_end_that_meta_knows",
     "cuts_tell_no_length": "power_of_meta_fails_before_a_writer_cuts_its_file",
+    "cuts_tell_no_writes_below_the_end": "a_writer_cuts_its_file_after_another_client_has_cut_it",
     "dead_before_the_lease_is_over": "a_replica_is_cut_off_with_a_client",
     "deaths_of_earlier_lives_count": "a_process_is_back_before_its_death_is_reported",
     "directories_may_be_full": "a_copy_of_a_failed_removal_comes_late",

@@ -59,6 +59,28 @@ async def a_writer_goes_on_after_another_client_has_cut_its_file(stage: Stage) -
 
 
 @file_situation
+async def a_writer_cuts_its_file_after_another_client_has_cut_it(stage: Stage) -> None:
+    """What it has written since lies below the length that it believes in, behind that of meta."""
+
+    async def begin(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w")
+        await file.write(OLD)
+        await file.fsync()
+        return file
+
+    file = await stage.at(0, begin)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 0))
+
+    async def go_on(_: FileSystem) -> None:
+        await file.pwrite(NEW, 0)
+        await file.truncate(len(NEW) - 1)
+        await file.close()
+
+    await stage.at(0, go_on)
+    expect(await stage.at(2, read), NEW[:-1])
+
+
+@file_situation
 async def a_file_is_cut_beyond_the_end_that_meta_knows(stage: Stage) -> None:
     """Its writer, who is alive, has written there and not told yet: it goes, whoever tells it."""
 

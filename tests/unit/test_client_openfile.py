@@ -333,6 +333,61 @@ def test_a_file_that_grows_has_told_meta_before_what_was_written():
     run(test)
 
 
+def test_a_file_that_is_cut_has_told_meta_what_was_written_since_another_client_cut_it():
+    """It lies below the length that we believe in; for meta it lies behind the end."""
+
+    async def test(world):
+        ours, theirs = world.client(7), world.client(8)
+        file = await make(ours)
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        await theirs.truncate(ME, file.inode_id, 0)
+        await file.write(0, b"2" * 700, direct=True)  # we do not know yet
+        told, cut = [], world.meta.cut
+
+        def listening(number, length):
+            told.append(world.meta.inodes[number].length)
+            return cut(number, length)
+
+        world.meta.cut = listening
+        await file.truncate(500, ME)
+        assert told == [700]
+        await file.close()
+
+    run(test)
+
+
+def test_what_was_written_and_told_needs_not_be_told_again_before_a_cut():
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        count = len(world.meta.settled)
+        await file.truncate(500, ME)
+        assert len(world.meta.settled) == count
+        await file.close()
+
+    run(test)
+
+
+def test_a_flush_after_another_client_truncated_makes_the_length_stable():
+    """The length that was stable before is no more: what is told instead must be."""
+
+    async def test(world):
+        ours, theirs = world.client(7), world.client(8)
+        file = await make(ours)
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        await theirs.truncate(ME, file.inode_id, 0)
+        await file.write(100, b"2" * 10)  # we do not know yet
+        await file.flush()
+        last = world.meta.settled[-1]
+        assert (last.length, last.durable) == (110, True)
+        await file.close()
+
+    run(test)
+
+
 def test_truncate_by_path_and_open_with_truncate_respect_buffered_writes():
     async def test(world):
         files = world.client()

@@ -313,3 +313,25 @@ def test_a_hole_that_a_small_file_takes_along_is_told():
         assert any(r.sparse for r in world.meta.settled)
 
     play(test)
+
+
+def test_a_read_goes_on_when_the_file_gets_chunks_while_meta_is_asked(monkeypatch):
+    """Somebody else's write of this client lets it grow; the read had looked that it is inline."""
+    monkeypatch.setattr(description, "LENGTH_AGE_NS", 0)
+
+    async def test(world):
+        file = await make(world.client(), b"x")
+        ask = file._services.metadata.getattr
+
+        async def while_it_grows(inode):
+            file._services.metadata.getattr = ask
+            found = await ask(inode)
+            await file.write(LIMIT, b"y")
+            assert file.state.small is None
+            return found
+
+        file._services.metadata.getattr = while_it_grows
+        assert bytes(await file.read(0, 2)) == b"x\0"
+        await file.close()
+
+    play(test)
