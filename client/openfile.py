@@ -446,7 +446,7 @@ class OpenFiles:
 
     def _hint(self, state: FileState, now_ns: int) -> None:
         session = next(iter(state.write_sessions), None)
-        if session is None:
+        if session is None or state.attributes.locked():  # somebody is telling it
             return
         state.settled_ns = now_ns
 

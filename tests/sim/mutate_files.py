@@ -106,6 +106,16 @@ def sessions_stay_open(patch: Patch) -> None:
     patch.set(OpenFile, "_end", end)
 
 
+@mutation("metas and storage", f"{FOUND}")
+def failed_closes_keep_their_session(patch: Patch) -> None:
+    """Who could not end a session in time forgets it."""
+
+    async def end_later(self: Any, problem: Any, wrote: bool) -> None:
+        self._services.forget(self)
+
+    patch.set(OpenFile, "_end_later", end_later)
+
+
 @mutation("meta power", CONTENT)
 def cuts_tell_no_length(patch: Patch) -> None:
     """Who cuts a file does not say how far it has written."""

@@ -43,6 +43,7 @@ DIRECTED: dict[str, str] = {
     "discarded_blocks_leak": "two_replicas_return_with_a_write_that_nobody_answered",
     "epochs_are_not_checked": "a_decision_of_a_former_leader_is_stored_late",
     "exposure_is_forgotten": "the_tail_has_a_write_that_a_former_tail_must_wait_for",
+    "failed_closes_keep_their_session": "a_close_is_not_answered_in_time",
     "failed_forward_counts_as_done": "a_replica_is_away_for_long",
     "failed_forward_is_taken_back": "a_forward_is_done_and_its_answer_lost",
     "failures_are_performed_again": "a_copy_of_a_failed_removal_comes_late",

@@ -3,6 +3,8 @@
 import asyncio
 
 from emberfs.client.file import File, FileSystem
+from emberfs.client.oserrors import FileSystemError
+from emberfs.proto.meta_calls import SETTLE
 from sim.disk import Fate
 from sim.scenario import BlameError
 from sim.scenario_files import Stage
@@ -78,6 +80,26 @@ async def a_writer_cuts_its_file_after_another_client_has_cut_it(stage: Stage) -
 
     await stage.at(0, go_on)
     expect(await stage.at(2, read), NEW[:-1])
+
+
+@file_situation
+async def a_close_is_not_answered_in_time(stage: Stage) -> None:
+    """Its caller gives up; the session ends all the same, and what was at storage is told."""
+    settlements = stage.tap(SETTLE, 0)
+
+    async def work(fs: FileSystem) -> None:
+        file = await fs.open(PATH, "w")
+        await file.write(OLD)
+        try:
+            await file.close()
+        except FileSystemError:
+            return
+        raise BlameError("script", "the close was answered")
+
+    await stage.at(0, work)
+    settlements.lose()
+    await asyncio.sleep(5)
+    expect(await stage.at(1, read), OLD)
 
 
 @file_situation

@@ -655,6 +655,70 @@ def test_c9_a_copy_of_an_open_that_comes_late_leaves_no_session(monkeypatch):
     run(test)
 
 
+async def _fail_to_close(world, file, code):
+    """Close while meta refuses, or does not answer to, what settles the file."""
+    settle = file._services.metadata.settle
+
+    async def refuse(*args, **more):
+        raise EmberfsError(code, "injected")
+
+    file._services.metadata.settle = refuse
+    with contextlib.suppress(EmberfsError):
+        await file.close()
+    await asyncio.sleep(0.05)
+    file._services.metadata.settle = settle
+    assert +world.meta.sessions
+    for _ in range(200):
+        if not +world.meta.sessions:
+            break
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize("code", [Code.TIMEOUT, Code.NO_SPACE])
+def test_c9_a_close_that_fails_leaves_no_session(write, code, monkeypatch):
+    """Nobody would end it while this client lives, and the file could not be collected."""
+    monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
+
+    async def test(world):
+        files = world.client()
+        await (await make(files)).close()
+        _, file = await files.open(ME, 2, write=write)
+        if write:
+            await file.write(0, b"x" * 100)
+        await _fail_to_close(world, file, code)
+        assert not +world.meta.sessions
+        assert not files._states
+
+    run(test)
+
+
+def test_c9_what_a_close_could_not_tell_in_time_is_told_later(monkeypatch):
+    """It is at storage; a hole that a later writer makes behind the old end would show it."""
+    monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"x" * 100)
+        await _fail_to_close(world, file, Code.TIMEOUT)
+        assert world.meta.inodes[file.inode_id].length == 100
+
+    run(test)
+
+
+def test_c9_what_a_close_was_refused_is_said_to_lie_behind_the_end(monkeypatch):
+    monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"x" * 100)
+        await _fail_to_close(world, file, Code.NO_SPACE)
+        assert (world.meta.settled[-1].torn, world.meta.settled[-1].close) == (True, True)
+        assert world.meta.inodes[file.inode_id].length == 0
+
+    run(test)
+
+
 def test_c3_o8_dirty_bytes_are_bounded_and_writers_wait(monkeypatch):
     """Unwritten bytes are bounded: writers wait instead of filling memory."""
     monkeypatch.setattr(writebuffer, "FILE_BYTES", 4 * CHUNK)
