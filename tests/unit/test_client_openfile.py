@@ -676,7 +676,7 @@ async def _fail_to_close(world, file, code):
 
 @pytest.mark.parametrize("write", [True, False])
 @pytest.mark.parametrize("code", [Code.TIMEOUT, Code.NO_SPACE])
-def test_c9_a_close_that_fails_leaves_no_session(write, code, monkeypatch):
+def test_a_close_that_fails_leaves_no_session(write, code, monkeypatch):
     """Nobody would end it while this client lives, and the file could not be collected."""
     monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
 
@@ -693,7 +693,7 @@ def test_c9_a_close_that_fails_leaves_no_session(write, code, monkeypatch):
     run(test)
 
 
-def test_c9_what_a_close_could_not_tell_in_time_is_told_later(monkeypatch):
+def test_what_a_close_could_not_tell_in_time_is_told_later(monkeypatch):
     """It is at storage; a hole that a later writer makes behind the old end would show it."""
     monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
 
@@ -706,7 +706,7 @@ def test_c9_what_a_close_could_not_tell_in_time_is_told_later(monkeypatch):
     run(test)
 
 
-def test_c9_what_a_close_was_refused_is_said_to_lie_behind_the_end(monkeypatch):
+def test_what_a_close_was_refused_is_said_to_lie_behind_the_end(monkeypatch):
     monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
 
     async def test(world):
