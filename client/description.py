@@ -75,7 +75,7 @@ class OpenFile:
         self.direct = direct  # every read and write bypasses the buffers (O_DIRECT)
         self.append_offset = 0  # where the last append went
         self.closed = False
-        self.ending = False  # all is written; meta is told that the session ends
+        self.over = False  # nobody uses the session any more
         self._services = services
         self._state = state
         self._cache = cache
@@ -85,6 +85,11 @@ class OpenFile:
     def state(self) -> FileState:
         """What is shared with the other descriptions of this file."""
         return self._state
+
+    @property
+    def ending(self) -> bool:
+        """True when all is written and meta is told that the session ends."""
+        return self.over or self.session in self._state.ended
 
     @property
     def length(self) -> int:
@@ -368,7 +373,6 @@ class OpenFile:
         finally:
             self._cache.invalidate(0, 1 << 63)
             state.caches.discard(self._cache)
-            self.ending = True
             # Not cut short when the caller is cancelled: the session would stay for ever.
             name = f"close inode {self.inode_id}"
             ending = self._services.tasks.spawn(self._end(wrote), name=name)
@@ -385,6 +389,7 @@ class OpenFile:
                 durable = self._services.durable_close
                 await self._state.settle(self.session, close=True, durable=durable)
             else:
+                self._state.ended.add(self.session)
                 await self._services.metadata.settle(self.inode_id, self.session, close=True)
         except EmberfsError as found:
             problem = found
@@ -400,17 +405,20 @@ class OpenFile:
         """The close has failed, its caller has been told: the session must not stay for that.
 
         It would keep the file, if its name goes, for as long as this client lives. Where nobody
-        answered, the same is told again; where it was refused, what was written is lost.
+        answered, the length is told again; where it was refused, what lies behind the old one is
+        lost. So is what was to be kept beside the inode: it might need chunks by now, and nothing
+        may be written for a session that has perhaps ended.
         """
         services, backoff = self._services, Backoff(END_RETRY_NS, END_RETRY_MAX_NS)
         try:
-            while wrote and problem.code == Code.TIMEOUT:
+            while wrote and self._state.small is None and problem.code == Code.TIMEOUT:
                 await services.env.sleep_ns(backoff.next_ns(services.env.random))
                 try:
                     return await self._state.settle(self.session, close=True)
                 except EmberfsError as found:
                     problem = found
         finally:
+            self._state.ended.add(self.session)
             services.forget(self)
         while problem.code != Code.NOT_FOUND:
             log.info("session %d of inode %d stays: %s", self.session, self.inode_id, problem)

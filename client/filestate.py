@@ -54,6 +54,7 @@ class FileState:
         self.references = 0
         self.caches: set[ReadCache] = set()
         self.write_sessions: set[SessionId] = set()
+        self.ended: set[SessionId] = set()  # that meta was told to end: nothing is written any more
         self.server_length = inode.length
         self.truncate_version = inode.truncate_version
         self.asked_ns = env.now_ns()  # when meta last told the length
@@ -199,6 +200,8 @@ class FileState:
             mtime_ns, self.mtime_ns = self.mtime_ns, None
             torn, self.torn = self.torn, False
             sparse, self.sparse = self.sparse, False
+            if close:
+                self.ended.add(session)
             try:
                 answer = await self._metadata.settle(
                     self.id,

@@ -288,6 +288,8 @@ class OpenFiles:
             del self._descriptions[file.inode_id]
         metrics.OPEN_FILES.dec()
         state.write_sessions.discard(file.session)
+        file.over = True
+        state.ended.discard(file.session)
         if not state.write_sessions:
             state.no_writers()
         state.references -= 1

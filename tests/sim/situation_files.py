@@ -235,6 +235,7 @@ async def power_of_meta_fails_before_a_writer_cuts_its_file(stage: Stage) -> Non
         await fs.cluster.metadata.stable()
         await file.truncate(2 * len(OLD))
         await file.pwrite(OLD, 0)
+        await asyncio.sleep(6)  # it is told by itself, and not made stable
         return file
 
     file = await stage.at(0, leave)
