@@ -7,6 +7,7 @@ description that was open when it happened. Order of locks: appending, a range, 
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -19,14 +20,19 @@ from emberfs.client.smallfile import SmallFile
 from emberfs.fabric.region import Buffer, Slice, length_of, view_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import FILE_BYTES_MAX, Inode
-from emberfs.proto.ids import CHUNKS_PER_FILE_MAX, MS, InodeId, SessionId
+from emberfs.proto.ids import CHUNKS_PER_FILE_MAX, MS, SECOND, InodeId, SessionId
 from emberfs.proto.meta_calls import Caller
 from emberfs.runtime.env import Env
+from emberfs.runtime.retry import Backoff
 from emberfs.runtime.tasks import TaskSet
+
+log = logging.getLogger("emberfs.client.description")
 
 # A read at the end of the file asks meta for the length when the last answer is older than this.
 LENGTH_AGE_NS = 200 * MS
 TAINTED_MAX = 8  # how often a read begins again in fresh memory; each costs a call's time
+END_RETRY_NS = 1 * SECOND  # between tries to end a session whose close has failed
+END_RETRY_MAX_NS = 30 * SECOND
 
 _EMPTY = memoryview(b"")
 
@@ -69,7 +75,7 @@ class OpenFile:
         self.direct = direct  # every read and write bypasses the buffers (O_DIRECT)
         self.append_offset = 0  # where the last append went
         self.closed = False
-        self.ending = False  # all is written; meta is told that the session ends
+        self.over = False  # nobody uses the session any more
         self._services = services
         self._state = state
         self._cache = cache
@@ -79,6 +85,11 @@ class OpenFile:
     def state(self) -> FileState:
         """What is shared with the other descriptions of this file."""
         return self._state
+
+    @property
+    def ending(self) -> bool:
+        """True when all is written and meta is told that the session ends."""
+        return self.over or self.session in self._state.ended
 
     @property
     def length(self) -> int:
@@ -362,7 +373,6 @@ class OpenFile:
         finally:
             self._cache.invalidate(0, 1 << 63)
             state.caches.discard(self._cache)
-            self.ending = True
             # Not cut short when the caller is cancelled: the session would stay for ever.
             name = f"close inode {self.inode_id}"
             ending = self._services.tasks.spawn(self._end(wrote), name=name)
@@ -373,14 +383,49 @@ class OpenFile:
 
     async def _end(self, wrote: bool) -> EmberfsError | None:
         """End the session at meta; returns the error, as nobody may be left to raise it to."""
+        problem: EmberfsError | None = None
         try:
             if wrote:
                 durable = self._services.durable_close
                 await self._state.settle(self.session, close=True, durable=durable)
             else:
+                self._state.ended.add(self.session)
                 await self._services.metadata.settle(self.inode_id, self.session, close=True)
-        except EmberfsError as problem:
-            return problem
+        except EmberfsError as found:
+            problem = found
         finally:
-            self._services.forget(self)
-        return None
+            if problem is None:
+                self._services.forget(self)
+            else:
+                name = f"end session {self.session} of inode {self.inode_id}"
+                self._services.tasks.spawn(self._end_later(problem, wrote), name=name)
+        return problem
+
+    async def _end_later(self, problem: EmberfsError, wrote: bool) -> None:
+        """The close has failed, its caller has been told: the session must not stay for that.
+
+        It would keep the file, if its name goes, for as long as this client lives. Where nobody
+        answered, the length is told again; where it was refused, what lies behind the old one is
+        lost. So is what was to be kept beside the inode: it might need chunks by now, and nothing
+        may be written for a session that has perhaps ended.
+        """
+        services, backoff = self._services, Backoff(END_RETRY_NS, END_RETRY_MAX_NS)
+        try:
+            while wrote and self._state.small is None and problem.code == Code.TIMEOUT:
+                await services.env.sleep_ns(backoff.next_ns(services.env.random))
+                try:
+                    return await self._state.settle(self.session, close=True)
+                except EmberfsError as found:
+                    problem = found
+        finally:
+            self._state.ended.add(self.session)
+            services.forget(self)
+        while problem.code != Code.NOT_FOUND:
+            log.info("session %d of inode %d stays: %s", self.session, self.inode_id, problem)
+            try:
+                await services.metadata.settle(self.inode_id, self.session, close=True, torn=wrote)
+            except EmberfsError as found:
+                problem = found
+            else:
+                return
+            await services.env.sleep_ns(backoff.next_ns(services.env.random))

@@ -54,6 +54,7 @@ class FileState:
         self.references = 0
         self.caches: set[ReadCache] = set()
         self.write_sessions: set[SessionId] = set()
+        self.ended: set[SessionId] = set()  # that meta was told to end: nothing is written any more
         self.server_length = inode.length
         self.truncate_version = inode.truncate_version
         self.asked_ns = env.now_ns()  # when meta last told the length
@@ -199,6 +200,8 @@ class FileState:
             mtime_ns, self.mtime_ns = self.mtime_ns, None
             torn, self.torn = self.torn, False
             sparse, self.sparse = self.sparse, False
+            if close:
+                self.ended.add(session)
             try:
                 answer = await self._metadata.settle(
                     self.id,
@@ -228,6 +231,8 @@ class FileState:
                 self._durable_length = max(self._durable_length, stop, answer.length)
             gone = close and not answer.nlink
             if answer.truncate_version > version and length is not None and not gone:
+                # An fdatasync may have told nothing, as the length was stable before that cut.
+                durable |= self._durable_length >= 0
                 self._unsettle(mark, None)
                 self.note(answer)
                 continue
@@ -312,7 +317,9 @@ class FileState:
         """Under the exclusive lock: no byte is on its way, and meta knows how long the file was.
 
         Meta cuts where the file shrinks from a length that it knows of; and what lies behind that
-        length when the file grows, because some writer that has died may have left it there.
+        length when the file grows, because some writer that has died may have left it there. So
+        it must have heard of every write, also of one below the length that we believe in: another
+        client may have cut the file before it, and meta would take its bytes for left behind.
         """
         await self.buffer.drain()
         if self.small is None:
@@ -324,11 +331,14 @@ class FileState:
         Another client may have cut the file before them; the answer says so.
         """
         stop = self.buffer.committed_stop
-        untold = stop > self.server_length or self._unsettled_stop
-        if untold and self.write_sessions:
+        if self._untold(stop) and self.write_sessions:
             self.written_stop = max(self.written_stop, stop)
             session = next(iter(self.write_sessions))
             await settle(session, close=False, durable=False, want_stop=0)
+
+    def _untold(self, stop: int) -> bool:
+        """Tell whether meta may not know of own writes that storage has up to `stop`."""
+        return stop > self.server_length or (stop > 0 and self._unsettled_stop > 0)
 
     async def make_room(self, session: SessionId, stop: int) -> None:
         """Before a write lets the file grow to `stop`: raise QUOTA if a quota does not allow it."""
@@ -380,7 +390,7 @@ class FileState:
         """Before a read: an inline file is what meta has, as far as was asked `age_ns` ago."""
         if self.small is not None and self._env.now_ns() - self.asked_ns > age_ns:
             await self.refresh()
-        if self.small is not None:  # it may have got chunks meanwhile
+        if self.small is not None:  # it may have got chunks while meta was asked
             await self.small.look()
 
     def dirty_since(self, when_ns: int) -> bool:

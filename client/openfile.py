@@ -288,6 +288,8 @@ class OpenFiles:
             del self._descriptions[file.inode_id]
         metrics.OPEN_FILES.dec()
         state.write_sessions.discard(file.session)
+        file.over = True
+        state.ended.discard(file.session)
         if not state.write_sessions:
             state.no_writers()
         state.references -= 1
@@ -446,7 +448,7 @@ class OpenFiles:
 
     def _hint(self, state: FileState, now_ns: int) -> None:
         session = next(iter(state.write_sessions), None)
-        if session is None:
+        if session is None or state.attributes.locked():  # somebody is telling it
             return
         state.settled_ns = now_ns
 

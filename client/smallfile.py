@@ -33,6 +33,7 @@ class State(Protocol):
     truncate_version: int
     server_length: int
     written_stop: int
+    ended: set[SessionId]
     mtime_ns: int | None
 
     @property
@@ -137,6 +138,7 @@ class SmallFile:
                 if problem.code != Code.SUPERSEDED:
                     raise
                 data.stale = True
+                state.ended.discard(session)  # chunks may have to be written first
             else:
                 return True
         await self.promote()
@@ -149,6 +151,8 @@ class SmallFile:
         tell = bool(data.dirty) or (durable and data.unstable)
         content = data.begin() if tell else None
         mtime_ns, state.mtime_ns = state.mtime_ns, None
+        if close:
+            state.ended.add(session)
         try:
             answer = await self._metadata.settle(
                 state.id,

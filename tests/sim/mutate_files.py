@@ -88,6 +88,12 @@ def cuts_forget_the_buffer(patch: Patch) -> None:
     patch.set(FileState, "_drain_for_cut", drain_for_cut)
 
 
+@mutation("files, metas", CONTENT)
+def cuts_tell_no_writes_below_the_end(patch: Patch) -> None:
+    """Who cuts a file has told before what it wrote behind the end, and nothing else."""
+    patch.set(FileState, "_untold", lambda self, stop: stop > self.server_length)
+
+
 @mutation("files, names", f"{FOUND}")
 def sessions_stay_open(patch: Patch) -> None:
     """close does not end the session."""
@@ -100,21 +106,17 @@ def sessions_stay_open(patch: Patch) -> None:
     patch.set(OpenFile, "_end", end)
 
 
+@mutation("metas and storage", f"{FOUND}")
+def failed_closes_keep_their_session(patch: Patch) -> None:
+    """Who could not end a session in time forgets it."""
+
+    async def end_later(self: Any, problem: Any, wrote: bool) -> None:
+        self._services.forget(self)
+
+    patch.set(OpenFile, "_end_later", end_later)
+
+
 @mutation("meta power", CONTENT)
 def cuts_tell_no_length(patch: Patch) -> None:
     """Who cuts a file does not say how far it has written."""
     patch.set(FileState, "written", property(lambda _: 0))
-
-
-@mutation("metas, files", CONTENT)
-def short_writes_are_not_told_before_a_cut(patch: Patch) -> None:
-    """Before a cut, meta hears only of writes behind the end that this client knows."""
-
-    def make(original: Any) -> Any:
-        async def tell(self: Any, settle: Any) -> None:
-            if self.buffer.committed_stop > self.server_length:
-                await original(self, settle)
-
-        return tell
-
-    patch.wrap(FileState, "_tell_before_cut", make)

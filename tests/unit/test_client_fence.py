@@ -57,6 +57,34 @@ def test_o2_o20_a_client_that_wakes_does_not_write_to_a_file_that_is_gone(direct
     run(test)
 
 
+def test_a_small_file_that_is_closed_and_gets_chunks_is_not_written_when_it_is_gone():
+    """Its session is being ended, but its bytes are still to be written first."""
+
+    async def test(world):
+        world.meta.inline_bytes_max = 2000
+        member = Member()
+        file = await make(world.client(membership=member))
+        await file.write(0, b"x" * 100)
+        _, other = await world.client(8).open(ME, file.inode_id, write=True)
+        await other.write(2000, b"y")
+        await other.close()
+        before = {chunk: bytes(data) for chunk, data in world.chunks.items()}
+        promote = file._services.metadata.promote
+
+        async def and_lapse(inode):
+            found = await promote(inode)
+            lose(world, inode)
+            member.lapses += 1
+            return found
+
+        file._services.metadata.promote = and_lapse
+        with pytest.raises(EmberfsError):
+            await file.close()
+        assert world.chunks == before
+
+    run(test)
+
+
 def test_o2_writes_wait_while_the_lease_has_run_out_and_sessions_come_back():
     """A client that is cut off writes when it is a member again, under sessions that are valid."""
 

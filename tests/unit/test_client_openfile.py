@@ -333,6 +333,61 @@ def test_a_file_that_grows_has_told_meta_before_what_was_written():
     run(test)
 
 
+def test_a_file_that_is_cut_has_told_meta_what_was_written_since_another_client_cut_it():
+    """It lies below the length that we believe in; for meta it lies behind the end."""
+
+    async def test(world):
+        ours, theirs = world.client(7), world.client(8)
+        file = await make(ours)
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        await theirs.truncate(ME, file.inode_id, 0)
+        await file.write(0, b"2" * 700, direct=True)  # we do not know yet
+        told, cut = [], world.meta.cut
+
+        def listening(number, length):
+            told.append(world.meta.inodes[number].length)
+            return cut(number, length)
+
+        world.meta.cut = listening
+        await file.truncate(500, ME)
+        assert told == [700]
+        await file.close()
+
+    run(test)
+
+
+def test_what_was_written_and_told_needs_not_be_told_again_before_a_cut():
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        count = len(world.meta.settled)
+        await file.truncate(500, ME)
+        assert len(world.meta.settled) == count
+        await file.close()
+
+    run(test)
+
+
+def test_a_flush_after_another_client_truncated_makes_the_length_stable():
+    """The length that was stable before is no more: what is told instead must be."""
+
+    async def test(world):
+        ours, theirs = world.client(7), world.client(8)
+        file = await make(ours)
+        await file.write(0, b"1" * 1000)
+        await file.flush()
+        await theirs.truncate(ME, file.inode_id, 0)
+        await file.write(100, b"2" * 10)  # we do not know yet
+        await file.flush()
+        last = world.meta.settled[-1]
+        assert (last.length, last.durable) == (110, True)
+        await file.close()
+
+    run(test)
+
+
 def test_truncate_by_path_and_open_with_truncate_respect_buffered_writes():
     async def test(world):
         files = world.client()
@@ -596,6 +651,70 @@ def test_c9_a_copy_of_an_open_that_comes_late_leaves_no_session(monkeypatch):
         assert +world.meta.sessions
         await asyncio.sleep(0.3)
         assert not +world.meta.sessions
+
+    run(test)
+
+
+async def _fail_to_close(world, file, code):
+    """Close while meta refuses, or does not answer to, what settles the file."""
+    settle = file._services.metadata.settle
+
+    async def refuse(*args, **more):
+        raise EmberfsError(code, "injected")
+
+    file._services.metadata.settle = refuse
+    with contextlib.suppress(EmberfsError):
+        await file.close()
+    await asyncio.sleep(0.05)
+    file._services.metadata.settle = settle
+    assert +world.meta.sessions
+    for _ in range(200):
+        if not +world.meta.sessions:
+            break
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize("code", [Code.TIMEOUT, Code.NO_SPACE])
+def test_a_close_that_fails_leaves_no_session(write, code, monkeypatch):
+    """Nobody would end it while this client lives, and the file could not be collected."""
+    monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
+
+    async def test(world):
+        files = world.client()
+        await (await make(files)).close()
+        _, file = await files.open(ME, 2, write=write)
+        if write:
+            await file.write(0, b"x" * 100)
+        await _fail_to_close(world, file, code)
+        assert not +world.meta.sessions
+        assert not files._states
+
+    run(test)
+
+
+def test_what_a_close_could_not_tell_in_time_is_told_later(monkeypatch):
+    """It is at storage; a hole that a later writer makes behind the old end would show it."""
+    monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"x" * 100)
+        await _fail_to_close(world, file, Code.TIMEOUT)
+        assert world.meta.inodes[file.inode_id].length == 100
+
+    run(test)
+
+
+def test_what_a_close_was_refused_is_said_to_lie_behind_the_end(monkeypatch):
+    monkeypatch.setattr(description, "END_RETRY_NS", 20 * MS)
+
+    async def test(world):
+        file = await make(world.client())
+        await file.write(0, b"x" * 100)
+        await _fail_to_close(world, file, Code.NO_SPACE)
+        assert (world.meta.settled[-1].torn, world.meta.settled[-1].close) == (True, True)
+        assert world.meta.inodes[file.inode_id].length == 0
 
     run(test)
 
