@@ -1,1 +1,0 @@
-"""What other projects' interfaces see of emberfs."""
