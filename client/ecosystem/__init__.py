@@ -1,0 +1,1 @@
+"""What the Python ecosystem expects of a file system: fsspec, torch. Nothing else imports it."""
