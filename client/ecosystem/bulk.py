@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import stat as st
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -129,6 +130,11 @@ async def touch(fs: Session, path: str, *, truncate: bool) -> None:
         await fs.files.utime(path)
 
 
+def same_file(source: str, target: str) -> OSError:
+    """The error of copying a file onto itself, which would empty it."""
+    return shutil.SameFileError(f"{source} and {target} are the same file")
+
+
 async def copy(fs: Session, source: str, target: str) -> None:
     """Copy the bytes of a file. One part is read while the one before is written."""
     async with await fs.files.open(source, "r") as old:
@@ -138,7 +144,7 @@ async def copy(fs: Session, source: str, target: str) -> None:
         except FileNotFoundError:
             same = False
         if same:
-            raise FileExistsError(17, "is the same file as the source", target)
+            raise same_file(source, target)
         async with await fs.files.open(target, "w") as new:
             offset = 0
             while offset < size:

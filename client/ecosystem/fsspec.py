@@ -12,7 +12,6 @@ import errno
 import functools
 import hashlib
 import os
-import shutil
 import stat as st
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -308,7 +307,7 @@ class EmberFileSystem(AbstractFileSystem):  # type: ignore[misc]
             self.makedirs(target, exist_ok=True)
             return
         if source == target:
-            raise shutil.SameFileError(f"{source} would be copied onto itself")
+            raise bulk.same_file(source, target)
         self._made(lambda: fs.run(bulk.copy(fs, source, target)), target)
 
     # ------------------------------------------------------------ names
@@ -391,9 +390,10 @@ class EmberFileSystem(AbstractFileSystem):  # type: ignore[misc]
         fs.run(fs.files.link(self._strip_protocol(src), self._strip_protocol(dst)))
 
     def symlink(self, src: str, dst: str, **_: object) -> None:
-        """Make a symbolic link `dst` to `src`."""
+        """Make a symbolic link `dst` that says `src`, which may be relative to it."""
         fs = self._session
-        fs.run(fs.files.symlink(self._strip_protocol(src), self._strip_protocol(dst)))
+        target = self._strip_protocol(src) if src.startswith(SCHEME) else src
+        fs.run(fs.files.symlink(target, self._strip_protocol(dst)))
 
     def chmod(self, path: str, mode: int) -> None:
         """Set the permission bits."""
