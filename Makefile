@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml runtime/_native.c client/_statfs.c deploy/install.sh
 
-.PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test check unit integration demo bench proto help
+.PHONY: fuzz sim sim-long model kill-matrix up down clean-data status install test test-ecosystem check unit integration demo bench proto help
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -42,6 +42,10 @@ unit: $(VENV)/installed-test   ## the fast tests only
 
 integration: $(VENV)/installed-test  ## real processes, real mounts
 	@$(BIN)/pytest tests/integration
+
+test-ecosystem: $(VENV)/installed-test  ## torch, pandas, pyarrow, DuckDB on emberfs:// (installs a gigabyte)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --group ecosystem
+	@$(BIN)/pytest $(PYTEST_FLAGS) tests/integration/test_fsspec.py tests/integration/test_python_docs.py tests/integration/test_torch_records.py
 
 check: $(VENV)/installed-test  ## ruff, format, mypy strict
 	@$(BIN)/ruff check .

@@ -4,9 +4,6 @@ import ctypes
 import os
 import pickle
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -20,8 +17,8 @@ from fsspec.tests import abstract
 from emberfs.client.ecosystem.fsspec import EmberFileSystem
 from emberfs.client.ecosystem.session import session
 from integration.harness import LocalCluster, wait_until
+from integration.scripts import script
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "python.md"
 NUMBERS = count()
 
 
@@ -45,23 +42,6 @@ def top(fs: EmberFileSystem) -> Iterator[str]:
     fs.mkdir(path)
     yield path
     fs.rm(path, recursive=True)
-
-
-def script(cluster: LocalCluster, text: str, *arguments: str) -> str:
-    """Run a program in a process of its own that finds the cluster through the environment."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("EMBERFS_")}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(text), *arguments],
-        env=environ | {"EMBERFS_DIRECTORY": str(cluster.directory)},
-        cwd=cluster.root,  # not that of the sources, whose metadata may be of another build
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 class Fixtures(abstract.AbstractFixtures):
