@@ -259,7 +259,10 @@ class EmberFileSystem(AbstractFileSystem):  # type: ignore[misc]
         paths = self.expand_path(path, recursive=recursive)
         if len(paths) == 1 and isinstance(path, str) and paths[0] == self._strip_protocol(path):
             return self.cat_file(path, **options)
-        paths = [one for one in paths if not (recursive and self.isdir(one))]
+        fs = self._session
+        if recursive:  # directories have no content
+            stats = fs.run(fs.files.batch_stat(paths))
+            paths = [one for one, found in zip(paths, stats, strict=True) if not _directory(found)]
         start, end = options.get("start"), options.get("end")
         found = self._bytes_of([(one, start, end) for one in paths], on_error)
         pairs = zip(paths, found, strict=True)
@@ -399,3 +402,7 @@ class EmberFileSystem(AbstractFileSystem):  # type: ignore[misc]
         """Set the permission bits."""
         fs = self._session
         fs.run(fs.files.chmod(self._strip_protocol(path), mode))
+
+
+def _directory(found: object) -> bool:
+    return isinstance(found, os.stat_result) and st.S_ISDIR(found.st_mode)

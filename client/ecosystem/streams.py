@@ -7,17 +7,33 @@ change of threads.
 import io
 import os
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from emberfs.client.ecosystem.locate import Place
 from emberfs.client.ecosystem.session import Session, session
 from emberfs.client.file import File, Memory
-
-if TYPE_CHECKING:
-    from emberfs.client.ecosystem.fsspec import EmberFileSystem
 
 READ_BUFFER_BYTES = 128 << 10
 WRITE_BUFFER_BYTES = 1 << 20
 NOREPLACE = 1  # of renameat2(2)
+
+
+class Home(Protocol):
+    """What a file needs of the file system that it lies in."""
+
+    place: Place
+
+    def info(self, path: str) -> dict[str, Any]:
+        """Attributes."""
+        ...
+
+    def rm_file(self, path: str) -> None:
+        """Remove a file."""
+        ...
+
+    def move_into_place(self, part: str, path: str, flags: int) -> None:
+        """Rename what a transaction has written; flags of renameat2(2)."""
+        ...
 
 
 async def open_sized(fs: Session, path: str, mode: str) -> tuple[File, int]:
@@ -37,7 +53,7 @@ class RawFile(io.RawIOBase):
     opened for writing fails there with OSError (EBADF).
     """
 
-    def __init__(self, fs: "EmberFileSystem", path: str, mode: str) -> None:
+    def __init__(self, fs: Home, path: str, mode: str) -> None:
         super().__init__()
         self.fs = fs
         self.name = path
@@ -157,7 +173,7 @@ class Reader(io.BufferedReader):
         return self.raw.name
 
     @property
-    def fs(self) -> "EmberFileSystem":
+    def fs(self) -> Home:
         """Where it lies."""
         return self.raw.fs
 
@@ -178,7 +194,7 @@ class Reader(io.BufferedReader):
         return _reader_at, (self.fs, self.path, self._buffer_bytes, self.tell())
 
 
-def _reader_at(fs: "EmberFileSystem", path: str, buffer_bytes: int, position: int) -> Reader:
+def _reader_at(fs: Home, path: str, buffer_bytes: int, position: int) -> Reader:
     reader = Reader(RawFile(fs, path, "rb"), buffer_bytes)
     reader.seek(position)
     return reader
@@ -201,7 +217,7 @@ class Writer(io.BufferedWriter):
         return self._final or self.raw.name
 
     @property
-    def fs(self) -> "EmberFileSystem":
+    def fs(self) -> Home:
         """Where it lies."""
         return self.raw.fs
 
