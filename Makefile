@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml $(wildcard runtime/*.c client/*.c client/native/*.c) deploy/install.sh
 
-.PHONY: libemberfs fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test check unit integration demo bench bench-fio proto help
+.PHONY: libemberfs fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test test-ecosystem check unit integration demo bench bench-fio proto help
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -46,6 +46,10 @@ unit: $(VENV)/installed-test   ## the fast tests only
 
 integration: $(VENV)/installed-test  ## real processes, real mounts
 	@$(BIN)/pytest tests/integration
+
+test-ecosystem: $(VENV)/installed-test  ## torch, pandas, pyarrow, DuckDB on emberfs:// (installs a gigabyte)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --group ecosystem
+	@$(BIN)/pytest $(PYTEST_FLAGS) tests/integration/test_fsspec.py tests/integration/test_python_docs.py tests/integration/test_torch_records.py
 
 check: $(VENV)/installed-test  ## ruff, format, mypy strict
 	@$(BIN)/ruff check .
