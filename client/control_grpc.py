@@ -4,8 +4,13 @@ A mgmtd that was killed and comes back on its port is found within a second: rec
 at least twice per second, and a peer that stays silent for some seconds counts as gone.
 """
 
+import os
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import TypeVar
+
+# Left to itself, gRPC starts threads in every forked child, which go on with the sockets of the
+# parent and crash. It reads this when its first channel is made.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 import grpc.aio

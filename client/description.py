@@ -96,6 +96,11 @@ class OpenFile:
         """Bytes in the file, as this client sees it now."""
         return self._state.length
 
+    @property
+    def chunkio(self) -> ChunkIO:
+        """What its chunks are read and written by, the same for all files of a connection."""
+        return self._services.chunkio
+
     # ------------------------------------------------------------ reading
 
     def reads_plainly(self) -> bool:

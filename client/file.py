@@ -15,10 +15,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Self, TypeAlias
 
+from emberfs.client import manyio
 from emberfs.client.administration import Administration
 from emberfs.client.batch import Batches, Manner, NewFile, in_turns
 from emberfs.client.cluster import Cluster
-from emberfs.client.manyio import Range, Result, read_many, write_many
+from emberfs.client.manyio import Range, Result
 from emberfs.client.openfile import OpenFile
 from emberfs.client.oserrors import FileSystemError, os_error, translated
 from emberfs.fabric.region import Buffer, Region, Slice
@@ -330,8 +331,7 @@ class FileSystem:
         One result for each, in their order: its bytes, short at the end of the file, or its error.
         A call of hundreds costs little more than one; Slices are filled without a copy.
         """
-        ranges = [file.range(offset, memory) for file, offset, memory in wanted]
-        return _told(wanted, await read_many(self.cluster.chunkio, ranges))
+        return await read_many(wanted)
 
     async def write_many(
         self, wanted: Sequence[tuple[File, int, Memory]]
@@ -342,7 +342,7 @@ class FileSystem:
         written, and fsync or close makes it stable. Pieces that overlap go in any order.
         """
         ranges = [file.range(offset, memory) for file, offset, memory in wanted]
-        return _told(wanted, await write_many(ranges))
+        return _told(wanted, await manyio.write_many(ranges))
 
     # ------------------------------------------------------------ attributes
 
@@ -628,6 +628,14 @@ def process_umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+async def read_many(wanted: Sequence[tuple[File, int, Memory]]) -> list[int | FileSystemError]:
+    """See FileSystem.read_many; all files are of one connection."""
+    if not wanted:
+        return []
+    ranges = [file.range(offset, memory) for file, offset, memory in wanted]
+    return _told(wanted, await manyio.read_many(ranges[0].file.chunkio, ranges))
 
 
 def _told(

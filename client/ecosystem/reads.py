@@ -1,36 +1,12 @@
 """Many reads at once, into the caller's memory or into lent shared memory."""
 
-import asyncio
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from emberfs.client.ecosystem.session import Session
-from emberfs.client.file import File, Memory
+from emberfs.client.file import File, read_many
 from emberfs.client.lending import Lender
 from emberfs.client.oserrors import FileSystemError
 from emberfs.fabric.region import Buffer, Slice
-
-Wanted: TypeAlias = tuple[File, int, Memory]  # where from (byte offset), and where to
-
-AT_ONCE = 64  # reads under way
-
-
-async def read_many(wanted: Sequence[Wanted]) -> list[int | FileSystemError]:
-    """Fill each memory from its offset: byte counts, short at the end of a file, or errors."""
-    found: list[int | FileSystemError] = [0] * len(wanted)
-    places = iter(enumerate(wanted))
-
-    async def work() -> None:
-        for place, (file, offset, memory) in places:
-            try:
-                found[place] = await file.pread(memory, offset)
-            except FileSystemError as problem:
-                found[place] = problem
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(AT_ONCE, len(wanted))):
-            group.create_task(work())
-    return found
 
 
 async def fetch(

@@ -14,10 +14,10 @@ from typing import Any, Self, TypeAlias
 
 from emberfs.client.chunkread import part_of
 from emberfs.client.ecosystem.locate import locate, split_url
-from emberfs.client.ecosystem.reads import read_many, tainted
+from emberfs.client.ecosystem.reads import tainted
 from emberfs.client.ecosystem.session import Session, session
 from emberfs.client.ecosystem.streams import open_sized
-from emberfs.client.file import File
+from emberfs.client.file import File, read_many
 from emberfs.client.oserrors import FileSystemError
 from emberfs.fabric.region import Buffer
 
