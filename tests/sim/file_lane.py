@@ -218,6 +218,7 @@ class FileLane:
         op.key = ("file", int(file._file.inode_id))
         self._end(op, "ok")
         if cut is not None:
+            cut.key = op.key  # the name led elsewhere if a power cut of meta undid a rename
             self._end(cut, "ok")
         return _Opened(file, op, direct)
 
