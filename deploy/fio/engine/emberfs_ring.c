@@ -83,6 +83,17 @@ static int connect_job(struct thread_data *td, struct emberfs **daemon) {
         td_verror(td, EINVAL, "emberfs");
         return 1;
     }
+    if (td->o.iodepth > ENTRIES_MAX || td_max_bs(td) > ENTRY_BYTES_MAX) {
+        log_err("emberfs: a ring takes iodepth up to %d and blocks up to %d bytes\n", ENTRIES_MAX,
+                ENTRY_BYTES_MAX);
+        td_verror(td, EINVAL, "emberfs");
+        return 1;
+    }
+    if (fio_option_is_set(&td->o, mem_type)) {
+        log_err("emberfs: fio's buffers are memory of the rings: remove iomem= from the job\n");
+        td_verror(td, EINVAL, "emberfs");
+        return 1;
+    }
     char place[PATH_MAX];
     snprintf(place, sizeof place, "%s", td->files[0]->file_name);
     if (access(place, F_OK) < 0) {
@@ -97,8 +108,8 @@ static int connect_job(struct thread_data *td, struct emberfs **daemon) {
                   "without rings use psync or libaio");
 }
 
-/* fio asks for the files' sizes before it lays them out: a mount without rings must show here and
- * not after gigabytes were written. */
+/* fio asks for the files' sizes before it lays them out: what cannot work must show here and not
+ * after gigabytes were written. */
 static int ring_setup(struct thread_data *td) {
     struct emberfs *daemon;
     struct fio_file *f;
@@ -139,13 +150,7 @@ static int ring_init(struct thread_data *td) {
     struct ring_options *o = td->eo;
     struct emberfs_terms terms = {.entries = 1, .priority = o->priority, .depth = o->depth,
                                   .gather_us = o->gather_us};
-    if (td->o.iodepth > ENTRIES_MAX || td_max_bs(td) > ENTRY_BYTES_MAX) {
-        log_err("emberfs: a ring takes iodepth up to %d and blocks up to %d bytes\n", ENTRIES_MAX,
-                ENTRY_BYTES_MAX);
-        td_verror(td, EINVAL, "emberfs");
-        return 1;
-    }
-    while (terms.entries < td->o.iodepth) terms.entries *= 2;
+    while (terms.entries < td->o.iodepth && terms.entries < ENTRIES_MAX) terms.entries *= 2;
     struct job *job = calloc(1, sizeof *job);
     if (job == NULL) return ENOMEM;
     td->io_ops_data = job;
@@ -169,6 +174,9 @@ static int ring_iomem_alloc(struct thread_data *td, size_t bytes) {
     td->orig_buffer = job->memory.base;
     return 0;
 }
+
+/* fio goes on without buffers if it could not allocate them. */
+static int ring_post_init(struct thread_data *td) { return td->error; }
 
 static void ring_iomem_free(struct thread_data *td) {
     struct job *job = td->io_ops_data;
@@ -201,7 +209,7 @@ static int ring_close_file(struct thread_data *td, struct fio_file *f) {
 static enum fio_q_status ring_queue(struct thread_data *td, struct io_u *io_u) {
     struct job *job = td->io_ops_data;
     fio_ro_check(td, io_u);
-    if (!ddir_rw(io_u->ddir)) {
+    if (io_u->ddir != DDIR_READ && io_u->ddir != DDIR_WRITE) {
         if (job->queued_count != 0) return FIO_Q_BUSY; /* fio submits those, then asks again */
         if (io_u->ddir == DDIR_TRIM) do_io_u_trim(td, io_u);
         else do_io_u_sync(td, io_u);
@@ -272,6 +280,7 @@ struct ioengine_ops ioengine = {
     .flags = FIO_NO_OFFLOAD,
     .setup = ring_setup,
     .init = ring_init,
+    .post_init = ring_post_init,
     .cleanup = ring_cleanup,
     .iomem_alloc = ring_iomem_alloc,
     .iomem_free = ring_iomem_free,
