@@ -49,7 +49,7 @@ fetch_source() {
     source_lists
     private_apt update || true  # one place that fails need not be the one with fio
     (cd "$work" && private_apt source "$package") ||
-        no_source "the source package $package cannot be fetched: $(grep '^E:' "$work/log" | tail -n 1)"
+        no_source "the source package $package cannot be fetched: $(grep -m 1 'Failed to fetch' "$work/log" || grep '^E:' "$work/log")"
     mv "$work/${package%%=*}-${upstream%-*}" "$work/source"
 }
 
