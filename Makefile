@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 INPUTS := pyproject.toml $(wildcard runtime/*.c client/*.c client/native/*.c) deploy/install.sh
 
-.PHONY: libemberfs fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test test-ecosystem check unit integration demo bench bench-fio proto help
+.PHONY: libemberfs fio-engine fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test test-ecosystem check unit integration demo bench bench-fio proto help
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -88,6 +88,9 @@ bench-fio: $(VENV)/installed-test  ## fio's figures, limits, ratios, CPU per pro
 
 libemberfs:                    ## the C library of rings, with its header (PREFIX=/usr/local)
 	@deploy/build_library.sh $(or $(PREFIX),$(VENV))
+
+fio-engine:                    ## libemberfs and the fio engine of rings, docs/fio-ring.md (PREFIX=/usr/local FIO_SOURCE=dir)
+	@deploy/fio/engine/build_engine.sh $(or $(PREFIX),$(VENV))
 
 proto: $(VENV)/installed-test  ## regenerate the gRPC stubs
 	@out=$$(mktemp -d) && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I tests/typecheck --python_out=$$out \
