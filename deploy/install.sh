@@ -4,7 +4,7 @@
 set -eu
 venv=$1
 want="fuse3 libfuse3-dev pkg-config gcc libc6-dev"
-[ "${2:-}" = test ] && want="$want fio git sqlite3 make e2fsprogs spin nftables iproute2 util-linux etcd-server etcd-client postgresql"
+[ "${2:-}" = test ] && want="$want fio dpkg-dev git sqlite3 make e2fsprogs spin nftables iproute2 util-linux etcd-server etcd-client postgresql"
 python=${PYTHON:-python3}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
