@@ -229,7 +229,9 @@ def test_waiting_lets_other_threads_run(io: Any, mp: str) -> None:
 
 def test_waiting_for_ever_ends_with_a_signal(mp: str) -> None:
     """Ctrl-C ends a program that waits for what never comes."""
-    program = "import sys; from hf3fs_fuse.io import make_ioring\n"
+    program = "import signal, sys; from hf3fs_fuse.io import make_ioring\n"
+    # Whoever was started in the background of a shell is born with the signal ignored.
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program += "print('waits', flush=True); make_ioring(sys.argv[1], 8).wait(min_results=1)"
     child = subprocess.Popen(
         [sys.executable, "-c", program, mp],
