@@ -4,12 +4,16 @@ It is not part of emberfs's own installation: tests build it into a temporary di
 """
 
 import atexit
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).resolve().parent.parent / "deploy" / "hf3fs"
 LIBRARY = "libhf3fs_api_shared.so"
@@ -51,3 +55,15 @@ def compile_program(source: Path, target: Path, *flags: str, compiler: str = "gc
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return target
+
+
+@contextmanager
+def opened(io: Any, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
+    """A file with a registered descriptor."""
+    fd = os.open(path, flags, 0o644)
+    try:
+        io.register_fd(fd)
+        yield fd
+    finally:
+        io.deregister_fd(fd)
+        os.close(fd)

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hf3fs_library import SOURCE, compile_program, installed, library
+from hf3fs_library import SOURCE, compile_program, installed, library, opened
 from integration.harness import LocalCluster, run
 
 PROGRAM = Path(__file__).with_name("hf3fs_program.c")
@@ -51,17 +50,6 @@ def memory() -> Iterator[SharedMemory]:
     yield made
     made.close()
     made.unlink()
-
-
-@contextmanager
-def opened(io: Any, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
-    fd = os.open(path, flags, 0o644)
-    try:
-        io.register_fd(fd)
-        yield fd
-    finally:
-        io.deregister_fd(fd)
-        os.close(fd)
 
 
 def shared_memory() -> set[str]:

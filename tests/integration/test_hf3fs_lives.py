@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hf3fs_library import compile_program, installed
+from hf3fs_library import compile_program, installed, opened
 from integration.harness import LocalCluster, wait_until
 
 PROGRAM = Path(__file__).with_name("hf3fs_program.c")
@@ -48,17 +47,6 @@ def memory() -> Iterator[SharedMemory]:
     yield made
     made.close()
     made.unlink()
-
-
-@contextmanager
-def opened(io: Any, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
-    fd = os.open(path, flags, 0o644)
-    try:
-        io.register_fd(fd)
-        yield fd
-    finally:
-        io.deregister_fd(fd)
-        os.close(fd)
 
 
 def links(mp: str) -> set[str]:
