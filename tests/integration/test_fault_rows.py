@@ -17,7 +17,7 @@ import pytest
 from emberfs.client.file import FileSystem, connect
 from emberfs.proto.ids import KiB, MiB
 from emberfs.runtime.real import RealEnv
-from integration.harness import LocalCluster, run
+from integration.harness import LocalCluster, run, wait_until
 from unit.chunk_faults import World
 from unit.test_storage_chunks import RealWorldEnv
 
@@ -219,7 +219,7 @@ def test_c6_o9_clients_that_come_and_go_leave_nothing_behind(shared: LocalCluste
     asyncio.run(come_and_go(10, 20))
     before, mine = {name: usage(pid) for name, pid in pids.items()}, own()
     asyncio.run(come_and_go(60, 20))
-    assert own() <= mine + 2
+    wait_until(lambda: own() <= mine + 2, 30)  # gRPC closes in threads of its own
     for name, pid in pids.items():
         descriptors, resident = usage(pid)
         assert descriptors <= before[name][0] + 12, f"{name}: {before[name]} {usage(pid)}"

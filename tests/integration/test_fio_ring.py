@@ -37,7 +37,7 @@ def command(engine: Path, directory: Path, *options: str) -> list[str]:
     """How fio is called for one job."""
     return [
         "fio", f"--ioengine=external:{engine}", f"--directory={directory}", "--name=job",
-        "--randrepeat=0", "--output-format=json", *options,
+        "--randrepeat=0", "--output-format=json", "--verify_state_save=0", *options,
     ]  # fmt: skip
 
 
@@ -99,7 +99,9 @@ def test_what_is_written_is_read_back(fio: Fio, pattern: str, block: str) -> Non
 
 def test_rings_and_the_mount_see_one_file(fio: Fio, shared: LocalCluster) -> None:
     verify = ("--size=1m", "--bs=4k", "--verify=crc32c", "--verify_fatal=1")
-    through_mount = ("fio", f"--directory={shared.mount}", "--ioengine=psync", *verify)
+    through_mount = (
+        "fio", f"--directory={shared.mount}", "--ioengine=psync", "--verify_state_save=0", *verify,
+    )  # fmt: skip
     fio("--rw=randwrite", "--iodepth=16", "--filename=ours", "--do_verify=0", *verify)
     run(*through_mount, "--name=theirs", "--filename=ours", "--rw=read")
     run(*through_mount, "--name=theirs", "--filename=theirs", "--rw=write", "--do_verify=0")
