@@ -3,7 +3,7 @@ VENV  ?= .venv
 MOUNT ?= mnt
 BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
-INPUTS := pyproject.toml $(wildcard runtime/*.c client/*.c client/native/*.c) deploy/install.sh
+INPUTS := pyproject.toml $(wildcard runtime/*.[ch] fabric/*.c storage/*.c client/*.c client/native/*.c) deploy/install.sh
 
 .PHONY: libemberfs fio-engine fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test test-ecosystem check unit integration demo bench bench-fio proto help
 

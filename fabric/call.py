@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from emberfs.fabric.region import Buffer, Slice
+from emberfs.fabric.sinks import PackedSinks, SinkTable
 from emberfs.proto.ids import MiB
 
 BODY_BYTES_MAX = 4 * MiB
@@ -20,7 +21,8 @@ class Reply(NamedTuple):
     """What came back."""
 
     body: bytes
-    filled: Sequence[int]  # bytes written into each sink, from its start
+    # Bytes written into each sink, from its start. Of PackedSinks that are all full: empty.
+    filled: Sequence[int]
 
 
 class Peer(Protocol):
@@ -35,7 +37,7 @@ class Peer(Protocol):
         body: bytes,
         *,
         sources: Sequence[Buffer] = (),
-        sinks: Sequence[Buffer] = (),
+        sinks: Sequence[Buffer] | PackedSinks = (),
         timeout_ns: int,
     ) -> Reply:
         """Perform one call.
@@ -66,11 +68,22 @@ class ServerCall(Protocol):
     # Private copies in server-owned shared memory, so that forwarding them is zero-copy again;
     # valid until the handler returns. Their contents cannot change under the handler.
     sources: Sequence[Slice]
+
     # Where read data goes: the caller's own memory (shm) or a pooled buffer (tcp). Writable.
-    sinks: Sequence[memoryview]
+    @property
+    def sinks(self) -> Sequence[memoryview]:
+        """One by one."""
+        ...
+
+    sink_table: SinkTable  # all of them, for compiled code
+    sink_bytes: int
 
     def fill(self, sink: int, length: int) -> None:
         """Declare that the first `length` bytes of a sink are valid (0 if never called)."""
+        ...
+
+    def fill_all(self) -> None:
+        """Declare that every sink is full."""
         ...
 
 

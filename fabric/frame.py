@@ -9,7 +9,7 @@ end-to-end checksums of the layers above. Every size is bounded before memory is
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from zlib import crc32
@@ -38,7 +38,8 @@ HEADER_BYTES = _HEADER.size
 _CHECKED = struct.Struct("<I")
 _BEFORE_CHECK = HEADER_BYTES - _CHECKED.size
 _PREFIX = struct.Struct("<IB")
-_DESCRIPTOR_BYTES = 16
+DESCRIPTOR_BYTES = 16  # region, offset and bytes of a source or sink
+_DESCRIPTOR = struct.Struct("<IQI")
 _REGISTRATION = struct.Struct("<IQQ")
 _CODE = struct.Struct("<i")
 _TIMEOUT_MS_MAX = 0xFFFF_FFFF
@@ -87,7 +88,7 @@ class Header(msgspec.Struct, frozen=True, gc=False):
         """Length of what stands between header and body."""
         if self.kind is Kind.REPLY:
             return 4 * self.sinks
-        return _DESCRIPTOR_BYTES * (self.sources + self.sinks)
+        return DESCRIPTOR_BYTES * (self.sources + self.sinks)
 
     @property
     def tail_bytes(self) -> int:
@@ -234,13 +235,22 @@ def pack_descriptors(flat: Sequence[int]) -> bytes:
     return _descriptor_struct(len(flat) // 3).pack(*flat)
 
 
-def unpack_descriptors(header: Header, tail: bytes) -> tuple[int, ...]:
-    """Return the flat descriptors of sources, then sinks. MALFORMED when they are damaged."""
+def iter_descriptors(packed: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """Region, offset and bytes of each."""
+    return _DESCRIPTOR.iter_unpack(packed)
+
+
+def split_descriptors(header: Header, tail: bytes) -> tuple[tuple[int, ...], bytes]:
+    """Return the flat descriptors of sources, and those of sinks as they are.
+
+    MALFORMED when they are damaged.
+    """
     assert len(tail) == header.tail_bytes
-    count = header.sources + header.sinks
-    if crc32(memoryview(tail)[: _DESCRIPTOR_BYTES * count]) != header.descriptors_check:
+    first_sink, end = DESCRIPTOR_BYTES * header.sources, header.descriptor_bytes
+    if crc32(memoryview(tail)[:end]) != header.descriptors_check:
         raise malformed("checksum of the descriptors is wrong")
-    return _descriptor_struct(count).unpack_from(tail) if count else ()
+    sources = _descriptor_struct(header.sources).unpack_from(tail) if header.sources else ()
+    return sources, tail[first_sink:end]
 
 
 def pack_filled(lengths: Sequence[int]) -> bytes:
@@ -250,12 +260,7 @@ def pack_filled(lengths: Sequence[int]) -> bytes:
 
 def unpack_filled(header: Header, tail: bytes, sinks: Sequence[int]) -> Sequence[int]:
     """Return the filled bytes of each sink of the given sizes. MALFORMED if they do not fit."""
-    assert len(tail) == header.tail_bytes
-    if crc32(memoryview(tail)[: header.descriptor_bytes]) != header.descriptors_check:
-        raise malformed("checksum of the filled lengths is wrong")
-    if header.flags & ALL_FILLED:
-        if header.sinks:
-            raise malformed("REPLY fills all sinks and some")
+    if all_filled(header, tail):
         return sinks
     if header.sinks != len(sinks):
         raise malformed(f"REPLY fills {header.sinks} sinks of {len(sinks)}")
@@ -263,6 +268,16 @@ def unpack_filled(header: Header, tail: bytes, sinks: Sequence[int]) -> Sequence
     if any(map(int.__gt__, filled, sinks)):
         raise malformed("REPLY fills more than a sink holds")
     return filled
+
+
+def all_filled(header: Header, tail: bytes) -> bool:
+    """Tell whether a REPLY says that every sink is full. MALFORMED if it says more."""
+    assert len(tail) == header.tail_bytes
+    if crc32(memoryview(tail)[: header.descriptor_bytes]) != header.descriptors_check:
+        raise malformed("checksum of the filled lengths is wrong")
+    if header.flags & ALL_FILLED and header.sinks:
+        raise malformed("REPLY fills all sinks and some")
+    return bool(header.flags & ALL_FILLED)
 
 
 # ---------------------------------------------------------------- whole small frames
@@ -275,12 +290,11 @@ def encode_request(
     *,
     sources: int,
     sinks: int,
-    flat: Sequence[int],
+    descriptors: bytes,
     payload_bytes: int,
     timeout_ms: int,
 ) -> bytes:
     """Return a REQUEST without its payload."""
-    descriptors = pack_descriptors(flat) if flat else b""
     header = encode_header(
         Kind.REQUEST,
         request,

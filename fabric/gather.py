@@ -7,24 +7,64 @@ one entry of a scatter receive instead of hundreds.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from emberfs.fabric.frame import STREAMED, malformed
+from emberfs.fabric.frame import (
+    STREAMED,
+    Header,
+    all_filled,
+    malformed,
+    pack_descriptors,
+    unpack_filled,
+)
 from emberfs.fabric.region import Buffer, Region, Slice
+from emberfs.fabric.sinks import PackedSinks
 from emberfs.proto.errors import Code, EmberfsError
 
 
 class Gathered(NamedTuple):
     """What a list of buffers comes to."""
 
-    flat: list[int]  # region, offset, bytes of each
-    sizes: list[int]
+    flat: list[int]  # region, offset, bytes of each; empty if they came packed
+    sizes: list[int]  # empty if they came packed
     views: list[memoryview]  # streamed memory in order, neighbours joined
     length: int  # bytes of all
     streamed: int  # bytes of those that travel in the stream
     regions: list[Region]  # shared with the server
     buffers: Sequence[Buffer]
+    packed: PackedSinks | None = None
+
+    @property
+    def number(self) -> int:
+        """How many."""
+        return len(self.sizes) if self.packed is None else self.packed.number
+
+    @property
+    def descriptors(self) -> bytes:
+        """As the frame has them."""
+        if self.packed is not None:
+            return self.packed.descriptors
+        return pack_descriptors(self.flat) if self.flat else b""
+
+    def filled(self, header: Header, tail: bytes) -> Sequence[int]:
+        """What a reply says that it has filled (see call.Reply). MALFORMED if that cannot be."""
+        if self.packed is None:
+            return unpack_filled(header, tail, self.sizes)
+        if all_filled(header, tail):
+            return ()
+        return unpack_filled(header, tail, [part.length for part in self.packed.slices()])
 
 
 _NOTHING = Gathered([], [], [], 0, 0, [], ())
+
+
+def gather_sinks(
+    sinks: Sequence[Buffer] | PackedSinks, share: Callable[[Region], bool] | None
+) -> Gathered:
+    """Describe sinks; those that are packed stay so if the server can reach all by itself."""
+    if not isinstance(sinks, PackedSinks):
+        return gather(sinks, share, writable=True)
+    if share is not None and all(map(share, sinks.regions)):
+        return Gathered([], [], [], sinks.length, 0, list(sinks.regions), (), sinks)
+    return gather(sinks.slices(), share)
 
 
 def gather(

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from emberfs.fabric import frame
 from emberfs.fabric.call import Reply
 from emberfs.fabric.frame import Header, Hello, Kind, Registration
-from emberfs.fabric.gather import Gathered, filled_views, gather
+from emberfs.fabric.gather import Gathered, filled_views, gather, gather_sinks
 from emberfs.fabric.metrics import Tally
 from emberfs.fabric.region import SHARED_BYTES_MAX, Buffer, Region
 from emberfs.fabric.shared import inode_of
+from emberfs.fabric.sinks import PackedSinks
 from emberfs.fabric.stream import LARGE_BYTES, Stream, nowhere
 from emberfs.fabric.sweep import Sweep
 from emberfs.proto.errors import Code, EmberfsError
@@ -119,7 +120,7 @@ class StreamPeer:
         body: bytes,
         *,
         sources: Sequence[Buffer] = (),
-        sinks: Sequence[Buffer] = (),
+        sinks: Sequence[Buffer] | PackedSinks = (),
         timeout_ns: int,
     ) -> Reply:
         """Perform one call (see call.Peer)."""
@@ -130,8 +131,8 @@ class StreamPeer:
         shared = self._shared
         share = None if shared is None else self._share
         pulled = gather(sources, None if shared is None else self._share_source)
-        filled = gather(sinks, share, writable=True)
-        frame.check_request(len(body), len(sources), pulled.length, len(sinks), filled.length)
+        filled = gather_sinks(sinks, share)
+        frame.check_request(len(body), pulled.number, pulled.length, filled.number, filled.length)
         cost = pulled.length + filled.streamed
         if self._waiting or not self._fits(cost):
             await self._admission(cost, deadline_ns, now_ns)
@@ -170,9 +171,9 @@ class StreamPeer:
             request,
             method,
             body,
-            sources=len(pulled.sizes),
-            sinks=len(filled.sizes),
-            flat=pulled.flat + filled.flat,
+            sources=pulled.number,
+            sinks=filled.number,
+            descriptors=pulled.descriptors + filled.descriptors,
             payload_bytes=pulled.streamed,
             timeout_ms=-(-(deadline_ns - now_ns) // MS),
         )
@@ -287,7 +288,7 @@ class StreamPeer:
         if pending is None:
             return nowhere(header.payload_bytes)
         sinks = pending.sinks
-        filled = frame.unpack_filled(header, tail, sinks.sizes)
+        filled = sinks.filled(header, tail)
         pending.reply = Reply(tail[header.descriptor_bytes :], filled)
         views = filled_views(sinks, filled, header.payload_bytes)
         if pending.problem is not None:

@@ -21,7 +21,9 @@ from emberfs.fabric.call import BODY_BYTES_MAX, PAYLOAD_BYTES_MAX, Handler
 from emberfs.fabric.frame import STREAMED, Header, Hello, Kind
 from emberfs.fabric.metrics import REFUSED, Tally
 from emberfs.fabric.region import Slice
+from emberfs.fabric.servercall import Call, filled_views
 from emberfs.fabric.shared import RegionTable
+from emberfs.fabric.sinks import SinkTable, survey
 from emberfs.fabric.stream import LARGE_BYTES, Stream, nowhere
 from emberfs.fabric.sweep import Sweep
 from emberfs.proto.errors import Code, EmberfsError
@@ -38,6 +40,7 @@ POOL_WAIT_NS = SECOND // 2  # below the caller's grace period: a CANCEL may stan
 STALL_NS = 10 * SECOND  # a caller that takes no byte of its replies for so long is cut off
 HELLO_NS = 5 * SECOND
 STOP_NS = 10 * SECOND  # how long a cancelled handler may take to end
+_NO_REGIONS: dict[int, memoryview] = {}
 
 
 class Host(Protocol):
@@ -57,59 +60,6 @@ class Host(Protocol):
     def left(self, session: "Session") -> None:
         """Hear that a session is over."""
         ...
-
-
-class Call:
-    """One call under way (see call.ServerCall)."""
-
-    __slots__ = (
-        "body",
-        "deadline_ns",
-        "ended",
-        "filled",
-        "flat",
-        "header",
-        "method",
-        "peer",
-        "request",
-        "sinks",
-        "sinks_buffer",
-        "sizes",
-        "source_bytes",
-        "sources",
-        "sources_buffer",
-        "started",
-        "streamed_sink_bytes",
-        "task",
-    )
-
-    def __init__(
-        self, header: Header, body: memoryview, peer: str, deadline_ns: int, flat: tuple[int, ...]
-    ) -> None:
-        self.header = header
-        self.request = header.request
-        self.method = header.method
-        self.body = body
-        self.peer = peer
-        self.deadline_ns = deadline_ns
-        self.flat = flat
-        first_sink = 3 * header.sources
-        self.sizes = list(flat[first_sink + 2 :: 3])
-        self.source_bytes = sum(flat[2:first_sink:3])
-        self.streamed_sink_bytes = 0
-        self.filled = [0] * header.sinks
-        self.sources: Sequence[Slice] = ()
-        self.sinks: Sequence[memoryview] = ()
-        self.sources_buffer: Slice | None = None
-        self.sinks_buffer: Slice | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.started = False
-        self.ended: EmberfsError | None = None  # why it was told to stop
-
-    def fill(self, sink: int, length: int) -> None:
-        """Declare that the first `length` bytes of a sink are valid."""
-        assert 0 <= length <= self.sizes[sink]
-        self.filled[sink] = length
 
 
 class Session:
@@ -180,21 +130,21 @@ class Session:
 
     def _requested(self, header: Header, tail: bytes) -> Sequence[memoryview] | None:
         assert self._stream is not None
-        flat = frame.unpack_descriptors(header, tail)
+        flat, sinks = frame.split_descriptors(header, tail)
         if header.request == 0 or header.request in self._calls:
             raise frame.malformed("REQUEST with a number that is in use")
         deadline_ns = self._env.now_ns() + header.timeout_ms * MS
         body = memoryview(tail)[header.descriptor_bytes :]
-        call = Call(header, body, self.peer, deadline_ns, flat)
-        first_sink = 3 * header.sources
-        streamed = _streamed_bytes(flat[:first_sink])
+        call = Call(header, body, self.peer, deadline_ns, flat, sinks)
+        streamed = _streamed_bytes(flat)
         if streamed != header.payload_bytes:
             raise frame.malformed(
                 f"sources of {streamed} bytes with {header.payload_bytes} bytes of payload"
             )
-        call.streamed_sink_bytes = _streamed_bytes(flat[first_sink:])
         self._stream.expect_large = streamed >= LARGE_BYTES
         try:
+            if header.sinks:
+                self._survey_sinks(call)
             self._check(call)
             return self._admit(call)
         except EmberfsError as problem:
@@ -204,6 +154,15 @@ class Session:
             self._answer_error(call.request, problem)
             return nowhere(streamed)
 
+    def _survey_sinks(self, call: Call) -> None:
+        """Look at all sinks. INVALID if one is not where it says that it is."""
+        descriptors = call.sink_table.descriptors
+        regions = self._regions.views if self._regions is not None else _NO_REGIONS
+        call.sink_bytes, call.streamed_sink_bytes, bad, used = survey(descriptors, regions)
+        if bad >= 0:
+            self._region_view(*list(frame.iter_descriptors(descriptors))[bad])
+        call.sink_table = SinkTable(descriptors, used)
+
     def _check(self, call: Call) -> None:
         """Refuse what cannot be done here."""
         if self._host.draining:
@@ -211,7 +170,7 @@ class Session:
         if call.method not in self._host.handlers:
             what = f"{self._host.name} has no method {call.method}"
             raise EmberfsError(Code.UNSUPPORTED, what)
-        if max(call.source_bytes, sum(call.sizes)) > PAYLOAD_BYTES_MAX:
+        if max(call.source_bytes, call.sink_bytes) > PAYLOAD_BYTES_MAX:
             raise EmberfsError(
                 Code.TOO_LARGE, f"sources or sinks of more than {PAYLOAD_BYTES_MAX} bytes"
             )
@@ -232,10 +191,11 @@ class Session:
     def _place(self, call: Call) -> Sequence[memoryview] | None:
         try:
             destinations = self._place_sources(call)
-            self._place_sinks(call)
         except EmberfsError:
             self._give_back(call)
             raise
+        if call.sinks_buffer is not None:
+            call.sink_table = call.sink_table._replace(streamed=call.sinks_buffer.view)
         self._calls[call.request] = call
         self._held_bytes += call.source_bytes + call.streamed_sink_bytes
         if call.header.payload_bytes:
@@ -264,20 +224,6 @@ class Session:
                 part.view[:] = self._region_view(flat[index], flat[index + 1], length)
         call.sources = sources
         return destinations
-
-    def _place_sinks(self, call: Call) -> None:
-        flat = call.flat
-        at = 0
-        whole = call.sinks_buffer.view if call.sinks_buffer is not None else memoryview(b"")
-        sinks = []
-        for index in range(3 * call.header.sources, len(flat), 3):
-            length = flat[index + 2]
-            if flat[index] == STREAMED:
-                sinks.append(whole[at : at + length])
-                at += length
-            else:
-                sinks.append(self._region_view(flat[index], flat[index + 1], length))
-        call.sinks = sinks
 
     def _region_view(self, region: int, offset: int, length: int) -> memoryview:
         if self._regions is None:
@@ -422,12 +368,10 @@ class Session:
         if not call.header.sinks:
             stream.send(frame.encode_reply(call.request, body, (), 0))
         else:
-            filled = call.filled
-            full = filled == call.sizes
-            views = _filled_views(call, full)
+            filled = call.filled()
+            views = filled_views(call, filled)
             payload_bytes = sum(map(len, views))
-            lengths = None if full else filled
-            stream.send(frame.encode_reply(call.request, body, lengths, payload_bytes))
+            stream.send(frame.encode_reply(call.request, body, filled, payload_bytes))
             if views:
                 stream.send_payload(views)
                 buffer, call.sinks_buffer = call.sinks_buffer, None
@@ -555,30 +499,3 @@ def _streamed_bytes(flat: tuple[int, ...]) -> int:
     if not any(regions):
         return sum(lengths)
     return sum(length for region, length in zip(regions, lengths, strict=True) if region == 0)
-
-
-def _filled_views(call: Call, full: bool) -> list[memoryview]:
-    """Return the filled parts of streamed sinks, neighbours joined."""
-    buffer = call.sinks_buffer
-    if buffer is None:
-        return []
-    if full:
-        return [buffer.view]
-    views = []
-    whole = buffer.view
-    start = at = stop = 0
-    first_sink = 3 * call.header.sources
-    regions = call.flat[first_sink::3]
-    for region, size, filled in zip(regions, call.sizes, call.filled, strict=True):
-        if region != STREAMED:
-            continue
-        if filled:
-            if at != stop:
-                if stop > start:
-                    views.append(whole[start:stop])
-                start = at
-            stop = at + filled
-        at += size
-    if stop > start:
-        views.append(whole[start:stop])
-    return views

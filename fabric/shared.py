@@ -25,7 +25,7 @@ class RegionTable:
     """What one caller has registered, by its region ids."""
 
     def __init__(self) -> None:
-        self._views: dict[int, memoryview] = {}
+        self.views: dict[int, memoryview] = {}  # by region id
         self._refused: dict[int, str] = {}
         self._bytes = 0  # of all views
 
@@ -33,13 +33,13 @@ class RegionTable:
         """Map a region with the descriptor that came with it. A refusal shows when it is used."""
         fd = _claim(registration, fds)
         try:
-            if registration.region in self._views:
+            if registration.region in self.views:
                 raise ValueError("it is registered already")
-            if len(self._views) >= REGIONS_MAX:
+            if len(self.views) >= REGIONS_MAX:
                 raise ValueError(f"the limit is {REGIONS_MAX} regions")
             if self._bytes + registration.size_bytes > SHARED_BYTES_MAX:
                 raise ValueError(f"the limit is {SHARED_BYTES_MAX} bytes in all regions")
-            self._views[registration.region] = _map(registration, fd)
+            self.views[registration.region] = _map(registration, fd)
             self._bytes += registration.size_bytes
         except (ValueError, OSError) as problem:
             if len(self._refused) < REGIONS_MAX:
@@ -50,13 +50,13 @@ class RegionTable:
 
     def unregister(self, region: int) -> None:
         """Forget a region; handlers that still use it keep it mapped."""
-        view = self._views.pop(region, None)
+        view = self.views.pop(region, None)
         self._bytes -= len(view) if view is not None else 0
         self._refused.pop(region, None)
 
     def view(self, region: int, offset: int, length: int) -> memoryview:
         """Return a part of a region. INVALID when it is unknown or does not reach that far."""
-        whole = self._views.get(region)
+        whole = self.views.get(region)
         if whole is None:
             why = self._refused.get(region, "it was never registered")
             raise EmberfsError(Code.INVALID, f"region {region} is not available: {why}")
@@ -69,7 +69,7 @@ class RegionTable:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._views.clear()
+        self.views.clear()
         self._bytes = 0
         self._refused.clear()
 

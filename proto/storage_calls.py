@@ -51,11 +51,17 @@ def pack_read_ops(operations: Iterable[ReadOp]) -> bytes:
     return b"".join([pack(*operation) for operation in operations])
 
 
-def unpack_read_ops(body: bytes | memoryview) -> list[ReadOp]:
-    """Parse a READ_BATCH request. Raises MALFORMED on a wrong size or too many operations."""
+def count_read_ops(body: bytes | memoryview) -> int:
+    """How many operations a READ_BATCH request has. MALFORMED on a wrong size or too many."""
     count, rest = divmod(len(body), _READ_OP.size)
     if rest or not 0 < count <= READ_OPS_MAX:
         raise EmberfsError(Code.MALFORMED, f"read batch of {len(body)} bytes")
+    return count
+
+
+def unpack_read_ops(body: bytes | memoryview) -> list[ReadOp]:
+    """Parse a READ_BATCH request. Raises MALFORMED as `count_read_ops`."""
+    count_read_ops(body)
     make = ReadOp._make
     return [make(fields) for fields in _READ_OP.iter_unpack(body)]
 

@@ -14,10 +14,11 @@ from emberfs.proto.ids import MS, SECOND, ChainVersion, ChunkId, TargetId
 from emberfs.proto.storage_calls import (
     ReadOp,
     ReadResult,
+    count_read_ops,
     pack_read_results,
     unpack_read_ops,
+    unpack_read_results,
 )
-from emberfs.runtime.checkedread import DONE, CheckedRead, read_checked
 from emberfs.runtime.env import Env
 from emberfs.storage.lasting import run_thread_to_end
 from emberfs.storage.links import Links
@@ -28,6 +29,7 @@ from emberfs.storage.metrics import (
     READS_OK,
     TAIL_QUESTIONS,
 )
+from emberfs.storage.plainread import DISPUTED, DONE, REFUSED, Readable, read_plainly
 from emberfs.storage.readrule import ABSENT, AGAIN, ReadPlan, plan_read, settle_read
 from emberfs.storage.replica import TargetReplica
 from emberfs.storage.storeface import Plain
@@ -58,25 +60,22 @@ class Reader:
     async def read_batch(self, call: ServerCall) -> bytes:
         """The handler of READ_BATCH."""
         started_ns = self._env.now_ns()
-        operations = unpack_read_ops(call.body)
-        sinks = call.sinks
-        if len(operations) != len(sinks):
-            text = f"{len(operations)} reads with {len(sinks)} sinks"
+        count = count_read_ops(call.body)
+        if count != call.sink_table.number:
+            text = f"{count} reads with {call.sink_table.number} sinks"
             raise EmberfsError(Code.MALFORMED, text)
-        await self._catch_up(operations)
-        results: list[ReadResult | None] = [None] * len(operations)
-        cold, disputed = self._read_cached(operations, sinks, results)
-        if cold:
-            await self._read_in_threads(cold, operations, sinks, results)
-            self._still_ours(cold, operations, results)
-        if disputed:
-            deadline_ns = min(call.deadline_ns, started_ns + DISPUTE_NS_MAX)
-            found = await asyncio.gather(
-                *(self._read_disputed(operations[i], sinks[i], deadline_ns) for i in disputed)
-            )
-            for i, result in zip(disputed, found, strict=True):
-                results[i] = result
-        return self._answer(call, operations, results, started_ns)
+        found, states = self._read_plainly(call)
+        if any(states):
+            results = await self._read_the_rest(call, found, states, started_ns)
+            total = self._account(call, results)
+            found = pack_read_results(results)
+        else:
+            total = call.sink_bytes
+            call.fill_all()
+            READS_OK.inc(count)
+        READ_BYTES.inc(total)
+        READ_SECONDS.observe((self._env.now_ns() - started_ns) / SECOND)
+        return found
 
     async def version(self, target: TargetId, chain_version: ChainVersion, chunk: ChunkId) -> int:
         """Tell the committed version, as the tail. NOT_SERVING if we are not the tail."""
@@ -101,58 +100,66 @@ class Reader:
 
     # -------------------------------------------------------- the fast path
 
+    def _read_plainly(self, call: ServerCall) -> tuple[bytes, bytes]:
+        """Read what is in memory and undisputed: packed results, and what became of each."""
+        tokens: dict[Plain, int] = {}
+
+        def admit(target: int, chain_version: int) -> Readable | None:
+            # Nothing is awaited here, so what holds for a target goes on to hold.
+            replica = self._replicas.get(TargetId(target))
+            if replica is None or not self._may_read(replica, ChainVersion(chain_version)):
+                return None
+            plain = replica.store.plain
+            if plain not in tokens:
+                tokens[plain] = plain.begin()
+            return plain.readable(*replica.in_work)
+
+        try:
+            return read_plainly(call.body, call.sink_table, admit)
+        finally:
+            for plain, token in tokens.items():
+                plain.end(token)
+
+    def _may_read(self, replica: TargetReplica, chain_version: ChainVersion) -> bool:
+        try:
+            self._check(replica, chain_version)
+        except EmberfsError:
+            return False
+        return True
+
+    # -------------------------------------------------------- the long way
+
+    async def _read_the_rest(
+        self, call: ServerCall, found: bytes, states: bytes, started_ns: int
+    ) -> list[ReadResult]:
+        """Read what is not plain, by what is in the way."""
+        operations, sinks = unpack_read_ops(call.body), call.sinks
+        results: list[ReadResult | None] = list(unpack_read_results(found))
+        places: dict[bool, list[int]] = {True: [], False: []}  # to be looked at with the chain?
+        for i, state in enumerate(states):
+            if state != DONE:
+                results[i] = None
+                places[state in (REFUSED, DISPUTED)].append(i)
+        cold = self._look_closer(places[False], operations, sinks, results)
+        if cold:
+            await self._read_in_threads(cold, operations, sinks, results)
+            self._still_ours(cold, operations, results)
+        disputed = places[True]
+        if disputed:
+            await self._catch_up([operations[i] for i in disputed])
+            deadline_ns = min(call.deadline_ns, started_ns + DISPUTE_NS_MAX)
+            answers = await asyncio.gather(
+                *(self._read_disputed(operations[i], sinks[i], deadline_ns) for i in disputed)
+            )
+            for i, result in zip(disputed, answers, strict=True):
+                results[i] = result
+        return [result or _NOTHING for result in results]
+
     async def _catch_up(self, operations: Sequence[ReadOp]) -> None:
         for target, chain_version in {operation[:2] for operation in operations}:
             replica = self._replicas.get(target)
             if replica is not None and chain_version > replica.view.chain_version:
                 await replica.catch_up(chain_version)
-
-    def _read_cached(
-        self,
-        operations: Sequence[ReadOp],
-        sinks: Sequence[memoryview],
-        results: list[ReadResult | None],
-    ) -> tuple[list[int], list[int]]:
-        """Read what is in memory; return the places of cold and of disputed chunks."""
-        others: list[int] = []
-        disputed: list[int] = []
-        reads: list[CheckedRead] = []
-        versions: list[tuple[int, int]] = []  # place and version of each of `reads`
-        tokens: dict[Plain, int] = {}
-        admitted: dict[tuple[TargetId, ChainVersion], TargetReplica] = {}
-        try:
-            for i, (operation, sink) in enumerate(zip(operations, sinks, strict=True)):
-                target, chain_version, chunk, offset, length, _ = operation
-                try:
-                    # Nothing is awaited here, so what holds for a target goes on to hold.
-                    replica = admitted.get((target, chain_version))
-                    if replica is None or length != len(sink):
-                        replica = admitted[target, chain_version] = self._replica(operation, sink)
-                except EmberfsError as problem:
-                    results[i] = self._failed(operation, problem)
-                    continue
-                if replica.is_disputed(chunk):
-                    disputed.append(i)
-                    continue
-                plain = replica.store.plain
-                if plain not in tokens:
-                    tokens[plain] = plain.begin()
-                found = plain.look(chunk, offset, length)
-                if found is None:
-                    others.append(i)
-                else:
-                    reads.append((*found[:5], sink))
-                    versions.append((i, found[5]))
-            states = read_checked(reads) if reads else b""
-        finally:
-            for plain, token in tokens.items():
-                plain.end(token)
-        for state, (i, version) in zip(states, versions, strict=True):
-            if state == DONE:
-                results[i] = ReadResult(0, operations[i].length, version)
-            else:
-                others.append(i)
-        return self._look_closer(others, operations, sinks, results), disputed
 
     def _look_closer(
         self,
@@ -236,28 +243,21 @@ class Reader:
                 except EmberfsError as problem:
                     results[i] = self._failed(operation, problem)
 
-    def _answer(
-        self,
-        call: ServerCall,
-        operations: Sequence[ReadOp],
-        results: Sequence[ReadResult | None],
-        started_ns: int,
-    ) -> bytes:
+    def _account(self, call: ServerCall, results: Sequence[ReadResult]) -> int:
+        """Say what is filled, look into what failed; returns the bytes that were read."""
         total = failed = 0
-        done = [result or _NOTHING for result in results]
-        for i, result in enumerate(done):
+        operations = unpack_read_ops(call.body)
+        for i, result in enumerate(results):
             if result.code:
                 failed += 1
                 self._look_into(operations[i], result.code)
             elif result.length:
                 total += result.length
                 call.fill(i, result.length)
-        READS_OK.inc(len(done) - failed)
+        READS_OK.inc(len(results) - failed)
         if failed:
             READS_FAILED.inc(failed)
-        READ_BYTES.inc(total)
-        READ_SECONDS.observe((self._env.now_ns() - started_ns) / 1e9)
-        return pack_read_results(done)
+        return total
 
     # -------------------------------------------------------- disputed chunks
 

@@ -12,7 +12,7 @@ chunk is fetched anew. Crash windows are those between two effects of craq.py.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -277,9 +277,10 @@ class TargetReplica:
         active = self._active.values()
         return bool(self._leftover) or any(one.machine.has_leftover for one in active)
 
-    def is_disputed(self, chunk: ChunkId) -> bool:
-        """Whether a read must look closer: operations in work, or a leftover."""
-        return chunk in self._active or chunk in self._leftover
+    @property
+    def in_work(self) -> tuple[Container[ChunkId], Container[ChunkId]]:
+        """Chunks that a read must look closer at: operations in work, or a leftover."""
+        return self._active, self._leftover
 
     def is_exposed(self, chunk: ChunkId) -> bool:
         """Whether the pending version may be committed elsewhere."""

@@ -1,11 +1,12 @@
 """What replication needs of a chunk store: chunks.ChunkStore, or a fake of it in tests."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Protocol
 
 from emberfs.proto.ids import ChunkId
 from emberfs.proto.storage_calls import ChunkRow, Leak, RememberedWrite, UpdateKind
 from emberfs.storage.chunk_events import State
+from emberfs.storage.plainread import Readable
 
 
 class ReadOutcome(Protocol):
@@ -57,10 +58,8 @@ class Plain(Protocol):
         """The reads are over."""
         ...
 
-    def look(
-        self, chunk: ChunkId, offset: int, length: int
-    ) -> tuple[int, int, bytes, int, int, int] | None:
-        """How a read is done in one call with others; None: by try_read_into."""
+    def readable(self, active: Container[ChunkId], leftover: Container[ChunkId]) -> Readable:
+        """Name what a batch may read, but for the chunks that are in work."""
         ...
 
 

@@ -112,7 +112,7 @@ class ChunkTable:
         self._limbo: list[tuple[int, int]] = []  # (serial, block)
         self._serial = itertools.count(1)
         self._readers: set[int] = set()
-        self._cache: OrderedDict[ChunkId, ChunkRecord | None] = OrderedDict()
+        self.records: OrderedDict[ChunkId, ChunkRecord | None] = OrderedDict()
         self._cache_bytes = 0
 
     # ------------------------------------------------------------ records
@@ -120,8 +120,8 @@ class ChunkTable:
     def cached(self, chunk: ChunkId) -> tuple[bool, ChunkRecord | None]:
         """Return (known, committed record) without touching the store."""
         try:
-            record = self._cache[chunk]
-            self._cache.move_to_end(chunk)
+            record = self.records[chunk]
+            self.records.move_to_end(chunk)
         except KeyError:
             return False, None
         return True, record
@@ -140,17 +140,17 @@ class ChunkTable:
 
     def _remember(self, chunk: ChunkId, record: ChunkRecord | None) -> None:
         self._cache_bytes += _row_bytes(record)
-        if chunk in self._cache:
-            self._cache_bytes -= _row_bytes(self._cache.pop(chunk))
-        self._cache[chunk] = record
+        if chunk in self.records:
+            self._cache_bytes -= _row_bytes(self.records.pop(chunk))
+        self.records[chunk] = record
         while self._cache_bytes > _CACHE_BYTES:
-            _, oldest = self._cache.popitem(last=False)
+            _, oldest = self.records.popitem(last=False)
             self._cache_bytes -= _row_bytes(oldest)
 
     def forget(self, chunk: ChunkId) -> None:
         """The store has another record now: read it again."""
-        if chunk in self._cache:
-            self._cache_bytes -= _row_bytes(self._cache.pop(chunk))
+        if chunk in self.records:
+            self._cache_bytes -= _row_bytes(self.records.pop(chunk))
 
     def view(self, chunk: ChunkId, version: int, record: ChunkRecord | None) -> View | None:
         """Return how to read a version (0: the committed one, PENDING); None when it is "absent".

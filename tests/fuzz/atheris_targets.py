@@ -47,7 +47,7 @@ def _header(raw: bytes) -> None:
     kind = list(frame.Kind)[raw[0] % len(frame.Kind)]
     header = frame.decode_header(memoryview(frame.encode_header(kind, 1, sinks=raw[0])))
     if len(raw) >= header.tail_bytes:
-        frame.unpack_descriptors(header, raw[: header.tail_bytes])
+        frame.split_descriptors(header, raw[: header.tail_bytes])
 
 
 def _routing(raw: bytes) -> None:

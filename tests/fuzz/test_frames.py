@@ -210,9 +210,9 @@ def test_s11_hostile_regions_never_kill_the_server(tmp_path: Path) -> None:
             send_with_fd(caller.sock, register(fd, number, max(1, size)), fd)
             if kind == "unsealed":
                 os.ftruncate(fd, 0)
-            flat = [number, offset, 4096]
+            sink = frame.pack_descriptors([number, offset, 4096])
             ask = frame.encode_request(
-                1, FILL, b"", sources=0, sinks=1, flat=flat, payload_bytes=0, timeout_ms=1000
+                1, FILL, b"", sources=0, sinks=1, descriptors=sink, payload_bytes=0, timeout_ms=1000
             )
             await caller.send(ask)
             async with asyncio.timeout(5):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberfs.fabric.region import Region, Slice
+from emberfs.fabric.sinks import SinkTable
 from emberfs.proto import storage_calls
 from emberfs.proto.cluster import PublicState
 from emberfs.proto.errors import Code, EmberfsError
@@ -43,10 +44,15 @@ class Arrived:
         self.peer = "fuzz"
         self.sources = () if source is None else (source,)
         self.sinks = sinks
+        self.sink_table = SinkTable.of(sinks)
+        self.sink_bytes = sum(map(len, sinks))
         self.deadline_ns = time.monotonic_ns() + SECOND
 
     def fill(self, sink: int, length: int) -> None:
         assert 0 <= length <= len(self.sinks[sink])
+
+    def fill_all(self) -> None:
+        pass
 
 
 def near_misses(struct: type[Any], version: int) -> st.SearchStrategy[Any]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from emberfs.fabric.call import Handler, Reply
 from emberfs.fabric.endpoint import parse
 from emberfs.fabric.region import Buffer, Slice, view_of
+from emberfs.fabric.sinks import SinkTable
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, US
 from sim.loop import PROCESS, Killed, Process, SimLoop
@@ -237,12 +238,18 @@ class SimCall:
         self.deadline_ns = deadline_ns
         self.sources = [Slice(FakeRegion(s), 0, len(s)) for s in sources]  # type: ignore[arg-type]
         self.sinks = [memoryview(bytearray(size)) for size in sizes]
+        self.sink_table = SinkTable.of(self.sinks)
+        self.sink_bytes = sum(sizes)
         self.filled = [0] * len(sizes)
 
     def fill(self, sink: int, length: int) -> None:
         """Declare bytes valid."""
         assert 0 <= length <= len(self.sinks[sink])
         self.filled[sink] = length
+
+    def fill_all(self) -> None:
+        """Declare all bytes valid."""
+        self.filled = [len(sink) for sink in self.sinks]
 
 
 class _Request(NamedTuple):

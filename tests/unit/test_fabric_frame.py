@@ -52,7 +52,7 @@ def test_request_comes_back(
         body,
         sources=len(sources),
         sinks=len(sinks),
-        flat=flat,
+        descriptors=frame.pack_descriptors(flat),
         payload_bytes=payload,
         timeout_ms=timeout_ms,
     )
@@ -65,7 +65,9 @@ def test_request_comes_back(
     )
     assert header.timeout_ms == max(1, min(timeout_ms, 2**32 - 1))
     assert header.tail_bytes == len(tail)
-    assert list(frame.unpack_descriptors(header, tail)) == flat
+    pulled, filled = frame.split_descriptors(header, tail)
+    assert list(pulled) == [field for one in sources for field in one]
+    assert list(frame.iter_descriptors(filled)) == sinks
     assert tail[header.descriptor_bytes :] == body
 
 
@@ -142,14 +144,15 @@ def test_every_flipped_bit_of_a_header_is_noticed(bit: int) -> None:
 
 @given(st.integers(0, 32 * 8 - 1))
 def test_every_flipped_bit_of_a_descriptor_is_noticed(bit: int) -> None:
+    packed = frame.pack_descriptors([1, 2, 3, 4, 5, 6])
     raw = frame.encode_request(
-        1, 1, b"", sources=1, sinks=1, flat=[1, 2, 3, 4, 5, 6], payload_bytes=0, timeout_ms=1
+        1, 1, b"", sources=1, sinks=1, descriptors=packed, payload_bytes=0, timeout_ms=1
     )
     header, tail = parse(raw)
     damaged = bytearray(tail)
     damaged[bit // 8] ^= 1 << bit % 8
     with pytest.raises(EmberfsError, match="checksum of the descriptors"):
-        frame.unpack_descriptors(header, bytes(damaged))
+        frame.split_descriptors(header, bytes(damaged))
 
 
 @settings(max_examples=300)

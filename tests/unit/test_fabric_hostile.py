@@ -111,7 +111,7 @@ def request(
         body,
         sources=len(sources) // 3,
         sinks=len(sinks) // 3,
-        flat=sources + sinks,
+        descriptors=frame.pack_descriptors(sources + sinks),
         payload_bytes=payload,
         timeout_ms=5000,
     )

@@ -52,7 +52,7 @@ class Gate:
 
         monkeypatch.setattr(store, "read_into", slow)
         monkeypatch.setattr(store, "try_read_into", lambda *args, **options: None)
-        monkeypatch.setattr(store.plain, "look", lambda *args: None)
+        monkeypatch.setattr(store.plain, "_planned", lambda chunk: None)
 
     async def reached(self) -> None:
         for _ in range(400):
@@ -90,7 +90,7 @@ def test_r7_a_read_that_lost_its_right_on_the_way_is_not_answered(
         gate = Gate(second, monkeypatch)
         if disputed:
             assert second.hosted.replica is not None
-            monkeypatch.setattr(second.hosted.replica, "is_disputed", lambda chunk: True)
+            monkeypatch.setattr(second.hosted.replica, "_leftover", {chunk_of(0)})
         reading = asyncio.ensure_future(cluster.read(second, chunk_of(0), 9000))
         await gate.reached()
         lose(cluster, second)
@@ -249,7 +249,7 @@ def test_a_read_of_an_update_that_does_not_end_is_sent_elsewhere(
         async def never(chunk: object) -> None:
             await asyncio.sleep(60)
 
-        monkeypatch.setattr(replica, "is_disputed", lambda chunk: True)
+        monkeypatch.setattr(replica, "_leftover", {chunk_of(0)})
         monkeypatch.setattr(replica, "is_exposed", lambda chunk: True)
         monkeypatch.setattr(replica, "finish", never)
         replica.store.prepare(
