@@ -11,6 +11,7 @@ from emberfs.client.chunkread import ChunkReader, Job, jobs_of, part_of
 from emberfs.client.chunkwrite import ChunkWriter, Update
 from emberfs.client.gather import gather_all
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
+from emberfs.client.packedread import PackedReader
 from emberfs.fabric.region import Buffer, length_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout, Piece, chunks_of, pieces
@@ -33,6 +34,7 @@ class ChunkIO:
     def __init__(self, env: Env, routing: RoutingView, peers: Peers, client_id: int) -> None:
         self._nodes = NodeCalls(env, routing, peers)
         self._reader = ChunkReader(env, routing, self._nodes)
+        self.packed = PackedReader(env, routing, self._nodes, self._reader)
         self._writer = ChunkWriter(env, routing, self._nodes, client_id)
 
     def guard(self, before_write: Callable[[InodeId], Awaitable[None]]) -> None:

@@ -218,7 +218,7 @@ class ChunkReader:
                 reason = problem
                 continue
             job.tried |= {job.place.target}
-            serving = self._serving_now(job.chain)
+            serving = self.serving(job.chain)
             if problem.code == Code.CHECKSUM:
                 job.refuted |= {job.place.target}
                 if all(place.target in job.refuted for place in serving):
@@ -230,7 +230,8 @@ class ChunkReader:
 
     # ------------------------------------------------------------ where to read
 
-    def _serving_now(self, chain_id: ChainId) -> tuple[ChainTarget, ...]:
+    def serving(self, chain_id: ChainId) -> tuple[ChainTarget, ...]:
+        """The replicas of a chain that serve, as routing says now."""
         snapshot = self._routing.snapshot
         if snapshot.version != self._serving_of:
             self._serving.clear()
@@ -271,23 +272,24 @@ class ChunkReader:
 
     def _choose(self, job: Job) -> ChainTarget | None:
         """The replica whose turn it is, unless it failed, is suspect, or is much busier."""
-        places = self._serving_now(job.chain)
+        places = self.serving(job.chain)
         if job.tried:
             places = tuple(p for p in places if p.target not in job.tried) or places
         if len(places) < 2:
             return places[0] if places else None
         first = job.spread % len(places)
         best = places[first]
-        best_cost = self._cost(best.node)
+        best_cost = self.cost(best.node)
         if best_cost <= LEAN:  # nobody can be so much less busy
             return best
         for step in range(1, len(places)):
             other = places[(first + step) % len(places)]
-            if self._cost(other.node) + LEAN < best_cost:
-                best, best_cost = other, self._cost(other.node)
+            if self.cost(other.node) + LEAN < best_cost:
+                best, best_cost = other, self.cost(other.node)
         return best
 
-    def _cost(self, node: NodeId) -> int:
+    def cost(self, node: NodeId) -> int:
+        """How busy a node is: calls in flight, far too many if it is suspect."""
         busy = self._nodes.in_flight.get(node, 0)
         if self._suspects:
             suspect = self._suspects.get(node)
@@ -295,10 +297,18 @@ class ChunkReader:
                 busy += 1_000_000
         return busy
 
-    def _suspect(self, node: NodeId) -> None:
+    def failed(self, node: NodeId, problem: EmberfsError) -> None:
+        """A call has failed: avoid a node that is lost, for a while."""
+        if problem.code not in _LOST:
+            return
         _, last_ns = self._suspects.get(node, (0, SUSPECT_FIRST_NS // 2))
         for_ns = min(2 * last_ns, SUSPECT_MAX_NS)
         self._suspects[node] = (self._env.now_ns() + for_ns, for_ns)
+
+    def answered(self, node: NodeId) -> None:
+        """A call was answered: nothing is wrong with the node."""
+        if self._suspects:
+            self._suspects.pop(node, None)
 
     # ------------------------------------------------------------ one call
 
@@ -320,11 +330,9 @@ class ChunkReader:
             )
             failures = _take_results(batch, reply)
         except EmberfsError as problem:
-            if problem.code in _LOST:
-                self._suspect(place.node)
+            self.failed(place.node, problem)
             return [_Failure(job, problem) for job in batch]
-        if self._suspects:
-            self._suspects.pop(place.node, None)
+        self.answered(place.node)
         metrics.READ_CALLS.inc()
         metrics.READ_BYTES.inc(sum([job.length for job in batch]))
         return failures

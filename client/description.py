@@ -110,10 +110,13 @@ class OpenFile:
             self.readable
             and not self.closed
             and state.small is None
-            and state.gone is None
             and not state.buffer
-            and self._services.is_open_at_meta(self.inode_id)
+            and self.is_there()
         )
+
+    def is_there(self) -> bool:
+        """Tell whether `check_there` would return at once."""
+        return self._state.gone is None and self._services.is_open_at_meta(self.inode_id)
 
     async def read(self, offset: int, length: int, *, direct: bool = False) -> memoryview:
         """Bytes from `offset`; short only at the end of the file, empty at or beyond it.

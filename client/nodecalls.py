@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from emberfs.fabric.call import Peer, Reply
 from emberfs.fabric.region import Buffer
+from emberfs.fabric.sinks import PackedSinks
 from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import NodeId, RoutingVersion
@@ -73,7 +74,7 @@ class NodeCalls:
         body: bytes,
         *,
         sources: Sequence[Buffer] = (),
-        sinks: Sequence[Buffer] = (),
+        sinks: Sequence[Buffer] | PackedSinks = (),
         timeout_ns: int,
         still_good: Callable[[RoutingSnapshot], bool] | None = None,
     ) -> Reply:

@@ -9,8 +9,8 @@ import asyncio
 END = 1 << 63
 
 
-class _Hold:
-    """One range, held for the body of an `async with`."""
+class Hold:
+    """One range, held for the body of an `async with` or from `try_hold` to `give`."""
 
     __slots__ = ("exclusive", "granted", "lock", "start", "stop")
 
@@ -21,17 +21,18 @@ class _Hold:
         self.exclusive = exclusive
         self.granted: asyncio.Future[None] | None = None
 
-    def conflicts(self, other: "_Hold") -> bool:
+    def conflicts(self, other: "Hold") -> bool:
+        """Tell whether both cannot be held."""
         return (
             (self.exclusive or other.exclusive)
             and self.start < other.stop
             and other.start < self.stop
         )
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> None:  # noqa: D105
         await self.lock.take(self)
 
-    async def __aexit__(self, *problem: object) -> None:
+    async def __aexit__(self, *problem: object) -> None:  # noqa: D105
         self.lock.give(self)
 
 
@@ -39,42 +40,42 @@ class RangeLock:
     """The locks of one file."""
 
     def __init__(self) -> None:
-        self._held: list[_Hold] = []
-        self._waiting: list[_Hold] = []
+        self._held: list[Hold] = []
+        self._waiting: list[Hold] = []
 
-    def hold(self, start: int, stop: int, *, exclusive: bool) -> _Hold:
+    def hold(self, start: int, stop: int, *, exclusive: bool) -> Hold:
         """Hold [start, stop) for the body of an `async with`."""
-        return _Hold(self, start, stop, exclusive)
+        return Hold(self, start, stop, exclusive)
 
-    def try_hold(self, start: int, stop: int) -> _Hold | None:
+    def try_hold(self, start: int, stop: int) -> Hold | None:
         """Hold [start, stop), shared, until `give`; None where that would have to wait."""
-        mine = _Hold(self, start, stop, exclusive=False)
+        mine = Hold(self, start, stop, exclusive=False)
         if not self._free(mine, len(self._waiting)):
             return None
         self._held.append(mine)
         return mine
 
-    async def take(self, mine: _Hold) -> None:
+    async def take(self, mine: Hold) -> None:
         """Wait until a range is held."""
         if self._free(mine, len(self._waiting)):
             self._held.append(mine)
         else:
             await self._wait(mine)
 
-    def give(self, mine: _Hold) -> None:
+    def give(self, mine: Hold) -> None:
         """End a hold."""
         self._held.remove(mine)
         if self._waiting:
             self._grant()
 
-    def _free(self, mine: _Hold, ahead: int) -> bool:
+    def _free(self, mine: Hold, ahead: int) -> bool:
         """Nothing held, and nobody of the first `ahead` waiters, is in the way."""
         for other in self._held:
             if mine.conflicts(other):
                 return False
         return not any(mine.conflicts(other) for other in self._waiting[:ahead])
 
-    async def _wait(self, mine: _Hold) -> None:
+    async def _wait(self, mine: Hold) -> None:
         mine.granted = asyncio.get_running_loop().create_future()
         self._waiting.append(mine)
         try:

@@ -5,10 +5,10 @@ import socket
 from collections.abc import Awaitable, Callable
 
 from emberfs.client.native import messages
+from emberfs.client.native.batch import Tell
 from emberfs.client.native.holdings import Holdings, errno_of
-from emberfs.client.native.layout import Submission
 from emberfs.client.native.messages import Answer, Kind, Request, RingTerms
-from emberfs.client.native.performer import Completion, Performer, Tell
+from emberfs.client.native.performer import Performer
 from emberfs.client.native.scheduler import PRIORITIES, Scheduler
 from emberfs.client.native.sharedring import SharedRing
 from emberfs.proto.errors import Code, EmberfsError
@@ -29,7 +29,7 @@ class AttachedRing:
         ring: SharedRing,
         terms: RingTerms,
         bell: socket.socket,
-        perform: Callable[[list[Submission], Tell], Awaitable[None]],
+        perform: Callable[[bytes, Tell], Awaitable[None]],
         broken: Callable[[str], None],
     ) -> None:
         self.terms = terms
@@ -49,14 +49,14 @@ class AttachedRing:
             self._broken(problem.message)
             return 0
 
-    def take(self, count: int) -> list[Submission]:
+    def take(self, count: int) -> bytes:
         """Take up to so many entries."""
         if not self.waiting():
-            return []
+            return b""
         self._ring.wake()
         return self._ring.take(count)
 
-    async def perform(self, entries: list[Submission]) -> None:
+    async def perform(self, entries: bytes) -> None:
         """Do what they say; tell as they are done."""
         await self._perform(entries, self._tell)
 
@@ -68,7 +68,7 @@ class AttachedRing:
             self._broken(problem.message)
             return True
 
-    def _tell(self, completions: list[Completion]) -> None:
+    def _tell(self, completions: bytes) -> None:
         if not self.closed and self._ring.tell(completions):
             ring_bell(self.bell)
 
@@ -193,7 +193,7 @@ class Application:
             self._scheduler.rang(attached)
         return self._last
 
-    async def _performed(self, entries: list[Submission], tell: Tell) -> None:
+    async def _performed(self, entries: bytes, tell: Tell) -> None:
         await self._performer.perform(entries, self._holdings, tell)
 
     def _remove_ring(self, number: int) -> None:

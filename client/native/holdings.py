@@ -8,6 +8,7 @@ descriptor in /proc (proc_pid_fdinfo(5)) and never holds one: see messages.py.
 import errno
 import os
 import stat
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ REGIONS_MAX = 256
 REGION_BYTES_MAX = 256 * GiB  # of all of one application
 FILES_MAX = 65536
 _O_PATH = 0o10000000
+_FACTS = struct.Struct("<IQ")
 
 
 @dataclass(slots=True)
@@ -42,6 +44,8 @@ class Holdings:
         self._device = device
         self._process = process
         self._regions: dict[int, Region] = {}
+        # For compiled code: the id of each region among all of this process, its size.
+        self.region_facts: dict[int, bytes] = {}
         self._files: dict[int, HeldFile] = {}
         self._region_bytes = 0
         self._last = 0
@@ -64,6 +68,7 @@ class Holdings:
             raise EmberfsError(Code.NO_SPACE, f"no memory for a region: {problem}") from None
         number = self._number()
         self._regions[number] = region
+        self.region_facts[number] = _FACTS.pack(region.id, region.size_bytes)
         self._region_bytes += region.size_bytes
         return number, region
 
@@ -72,6 +77,7 @@ class Holdings:
         region = self._regions.pop(number, None)
         if region is None:
             raise EmberfsError(Code.INVALID, f"region {number} is not known")
+        del self.region_facts[number]
         self._region_bytes -= region.size_bytes
         region.close()
 

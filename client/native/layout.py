@@ -45,8 +45,13 @@ WRAP = 1 << 32
 
 
 # An entry as it is unpacked: user data, operation, file and offset in it, region and bytes, offset
-# in the region, flags. A plain tuple, because hundreds of them come at a time.
+# in the region, flags.
 Submission: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+
+
+def count_of(entries: bytes) -> int:
+    """How many submission entries these are."""
+    return len(entries) // SUBMISSION.size
 
 
 def completions_at(entries: int) -> int:

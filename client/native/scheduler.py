@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-from emberfs.client.native.layout import Submission
+from emberfs.client.native.layout import count_of
 from emberfs.client.native.messages import RingTerms
 from emberfs.runtime.tasks import TaskSet
 
@@ -27,11 +27,11 @@ class Served(Protocol):
         """How many entries can be taken."""
         ...
 
-    def take(self, count: int) -> list[Submission]:
+    def take(self, count: int) -> bytes:
         """Take up to so many; the bell is not needed for now."""
         ...
 
-    async def perform(self, entries: list[Submission]) -> None:
+    async def perform(self, entries: bytes) -> None:
         """Do what they say, and tell."""
         ...
 
@@ -91,7 +91,7 @@ class Scheduler:
         self._queued.discard(ring)
         entries = ring.take(min(BATCH_MAX, room))
         if entries:
-            self.under_way += len(entries)
+            self.under_way += count_of(entries)
             self._tasks.spawn(self._perform(ring, entries), name="ring batch")
         if ring.waiting():
             self._queued.add(ring)
@@ -99,11 +99,11 @@ class Scheduler:
         elif not ring.sleep():
             self._loop.call_soon(self.rang, ring)
 
-    async def _perform(self, ring: Served, entries: list[Submission]) -> None:
+    async def _perform(self, ring: Served, entries: bytes) -> None:
         try:
             await ring.perform(entries)
         finally:
-            self.under_way -= len(entries)
+            self.under_way -= count_of(entries)
             self._pump()
 
     async def close(self) -> None:

@@ -1,10 +1,8 @@
 """The daemon's end of a ring: takes what was submitted, tells what is complete. See layout.py."""
 
-from collections.abc import Sequence
-
 from emberfs.client.native import layout
 from emberfs.client.native._ring import load, store_then_load
-from emberfs.client.native.layout import COMPLETION, SUBMISSION, WRAP, Submission
+from emberfs.client.native.layout import COMPLETION, SUBMISSION, WRAP
 from emberfs.fabric.region import Region
 from emberfs.proto.errors import Code, EmberfsError
 
@@ -52,28 +50,25 @@ class SharedRing:
         """No bell is needed for now."""
         store_then_load(self._view, layout.SLEEPS, 0, layout.SQ_TAIL)
 
-    def take(self, count: int) -> list[Submission]:
-        """Take up to `count` entries; fewer if fewer wait."""
+    def take(self, count: int) -> bytes:
+        """Take up to `count` entries, as they are; fewer if fewer wait."""
         count = min(count, self.waiting())
-        found: list[Submission] = []
+        found = b""  # a copy: it is what is checked and used
         for first, some in layout.runs(self._taken, count, self.entries):
             at = layout.HEADER_BYTES + first * SUBMISSION.size
-            copy = bytes(self._view[at : at + some * SUBMISSION.size])  # checked and used: this
-            found.extend(SUBMISSION.iter_unpack(copy))
+            found += self._view[at : at + some * SUBMISSION.size]
         self._taken = (self._taken + count) % WRAP
         self.under_way += count
         store_then_load(self._view, layout.SQ_HEAD, self._taken, layout.SQ_TAIL)
         return found
 
-    def tell(self, completions: Sequence[tuple[int, int]]) -> bool:
-        """Publish (user data, result); True if the application waits for the bell."""
-        pack, view = COMPLETION.pack_into, self._view
+    def tell(self, completions: bytes) -> bool:
+        """Publish packed completions; True if the application waits for the bell."""
+        view, size = self._view, COMPLETION.size
         done = 0
-        for first, some in layout.runs(self._told, len(completions), self.entries):
-            at = self._first_completion + first * COMPLETION.size
-            for user_data, result in completions[done : done + some]:
-                pack(view, at, user_data, result)
-                at += COMPLETION.size
+        for first, some in layout.runs(self._told, len(completions) // size, self.entries):
+            at = self._first_completion + first * size
+            view[at : at + some * size] = completions[done * size : (done + some) * size]
             done += some
         self._told = (self._told + done) % WRAP
         self.under_way -= done

@@ -213,7 +213,7 @@ def incomplete_replicas_answer_reads(patch: Patch) -> None:
         chain = self._routing.snapshot.chains.get(chain_id)
         return tuple(chain.targets) if chain is not None else ()
 
-    patch.set(ChunkReader, "_serving_now", serving)
+    patch.set(ChunkReader, "serving", serving)
     patch.set(Reader, "_check", lambda self, replica, chain_version: None)
 
 

@@ -1,0 +1,129 @@
+"""The common read of a ring, of which there are hundreds in a batch: in bulk, not one by one.
+
+Compiled code (_batch.c) tells the sound reads, plans one packed call per storage service for those
+that storage alone can answer, and makes completions of the answers. Every other entry, and what
+fails, is left to the performer, who looks at them one by one.
+"""
+
+import struct
+from array import array
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from emberfs.client.chunkread import clear
+from emberfs.client.gather import gather_all
+from emberfs.client.native import _batch
+from emberfs.client.native.holdings import Holdings
+from emberfs.client.native.layout import COMPLETION, SUBMISSION
+from emberfs.client.openfile import OpenFile
+from emberfs.client.packedread import BYTES_MAX, PackedReader
+from emberfs.client.rangelock import Hold
+from emberfs.fabric.region import Region
+from emberfs.fabric.sinks import PackedSinks
+from emberfs.proto.errors import EmberfsError
+from emberfs.proto.files import chunks_of
+
+Tell: TypeAlias = Callable[[bytes], None]  # packed completions
+
+_FILE = struct.Struct("<QQQQ")  # inode, what names its chunks, bytes of a chunk, where it ends
+
+
+class _Call(NamedTuple):
+    """A planned call, as _batch.plan has it."""
+
+    node: int
+    operations: bytes
+    sinks: bytes
+    places: bytes  # of its entries in the batch, packed u32
+    length: int  # bytes of all sinks
+    regions: list[int]
+
+
+class BulkReads:
+    """Performs the plain reads of batches."""
+
+    def __init__(self, packed: PackedReader) -> None:
+        self._packed = packed
+
+    async def read(self, entries: bytes, holdings: Holdings, tell: Tell) -> list[int]:
+        """Read what is plain, tell of it as it comes; return the places of what is left."""
+        facts = holdings.region_facts
+        states, spans = _batch.survey(entries, facts)
+        files, opened, holds = self._files(spans, holdings)
+        left: list[int] = []
+        try:
+            calls, others = _batch.plan(
+                entries, states, facts, files, self._packed.costs(), BYTES_MAX
+            )
+            left += memoryview(others).cast("I").tolist()
+            works = [self._call(_Call(*c), entries, holdings, opened, tell) for c in calls]
+            for failed in await gather_all(works):
+                left += failed
+        finally:
+            for file, hold in holds:
+                file.state.lock.give(hold)
+        return left
+
+    def _files(
+        self, spans: list[tuple[int, int, int]], holdings: Holdings
+    ) -> tuple[dict[int, tuple[bytes, bytes]], list[OpenFile], list[tuple[OpenFile, Hold]]]:
+        """The files that can be read plainly, held where no writer is in the way."""
+        files: dict[int, tuple[bytes, bytes]] = {}
+        holds: list[tuple[OpenFile, Hold]] = []
+        for number, start, stop in spans:
+            file = _readable(holdings, number)
+            if file is None or (hold := file.state.lock.try_hold(start, stop)) is None:
+                continue
+            holds.append((file, hold))
+            inode, where = file.inode_id, file.state.layout
+            facts = _FILE.pack(inode, chunks_of(inode, where), where.chunk_bytes, file.state.length)
+            files[number] = facts, self._packed.table(where)
+        return files, [file for file, _ in holds], holds
+
+    async def _call(
+        self, call: _Call, entries: bytes, holdings: Holdings, opened: list[OpenFile], tell: Tell
+    ) -> list[int]:
+        """Perform one call, tell of what it has read; return the places of what failed."""
+        every = memoryview(call.places).cast("I")
+        regions = [region for n in call.regions if (region := holdings.region(n)) is not None]
+        if len(regions) != len(call.regions):
+            return every.tolist()
+        sinks = PackedSinks(call.sinks, call.length, regions)
+        reply = await self._packed.call(call.node, call.operations, sinks)
+        # A file that was collected meanwhile reads as zeros: then it is to say so.
+        if reply is None or not all(file.is_there() for file in opened):
+            return every.tolist()
+        filled = array("I", reply.filled).tobytes()
+        try:
+            done, shorts, failed = _batch.settle(entries, call.places, reply.body, filled)
+        except ValueError:  # not as many results as operations
+            return every.tolist()
+        if shorts:
+            done += _ended_early(entries, memoryview(shorts).cast("I").tolist(), holdings)
+        if done:
+            tell(done)
+        return memoryview(failed).cast("I").tolist()
+
+
+def _readable(holdings: Holdings, number: int) -> OpenFile | None:
+    held = holdings.file(number)
+    if held is None or not held.read:
+        return None
+    try:
+        file = holdings.opened(held)
+    except EmberfsError:
+        return None
+    return file if file.reads_plainly() else None
+
+
+def _ended_early(entries: bytes, shorts: list[int], holdings: Holdings) -> bytes:
+    """Complete what ends before its sink does: the rest are zeros, of a hole."""
+    done = []
+    for place, count in zip(shorts[::2], shorts[1::2], strict=True):
+        entry = SUBMISSION.unpack_from(entries, place * SUBMISSION.size)
+        user_data, _, _, _, number, length, start, _ = entry
+        region: Region | None = holdings.region(number)
+        if region is not None:
+            clear(region.view[start + count : start + length])
+        done.append(COMPLETION.pack(user_data, length))
+    return b"".join(done)

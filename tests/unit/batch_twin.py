@@ -1,0 +1,113 @@
+"""What client/native/_batch.c does, in Python: the oracle of its test."""
+
+import struct
+
+from emberfs.client.native import layout
+from emberfs.client.native.layout import COMPLETION, SUBMISSION
+from emberfs.fabric.frame import pack_descriptors
+from emberfs.proto.ids import ChainVersion, InodeId, TargetId, pack_chunk_id
+from emberfs.proto.storage_calls import ReadOp, pack_read_ops, unpack_read_results
+
+REGION = struct.Struct("<IQ")
+FILE = struct.Struct("<QQQQ")
+LEAN, OPERATIONS_MAX = 8, 256
+
+
+def survey_twin(entries, regions):
+    states, spans = [], {}
+    for entry in SUBMISSION.iter_unpack(entries):
+        _, operation, file, offset, region, length, start, flags = entry
+        size = REGION.unpack(regions[region])[1] if region in regions else -1
+        sound = operation == layout.READ and not flags and start + length <= size
+        sound = sound and 0 < length <= layout.ENTRY_BYTES_MAX and offset < 1 << 63
+        states.append(int(sound))
+        if sound:
+            low, high = spans.get(file, (offset, 0))
+            spans[file] = (min(low, offset), max(high, offset + length))
+    return bytes(states), [(file, *span) for file, span in spans.items()]
+
+
+def replicas_of(table, index):
+    """(target, version, node) of the replicas that serve a chunk."""
+    chains, width = struct.unpack_from("<II", table)
+    at = 8 + index % chains * (4 + 12 * width)
+    (count,) = struct.unpack_from("<I", table, at)
+    return [struct.unpack_from("<III", table, at + 4 + 12 * i) for i in range(count)]
+
+
+def choose(replicas, spread, costs):
+    first = spread % len(replicas)
+    best = replicas[first]
+    if costs[best[2]] > LEAN:
+        for step in range(1, len(replicas)):
+            other = replicas[(first + step) % len(replicas)]
+            if costs[other[2]] + LEAN < costs[best[2]]:
+                best = other
+    return best
+
+
+def plan_twin(entries, states, regions, files, costs, bytes_max):
+    planned, left = [], []
+    numbers = memoryview(costs).cast("I")
+    for place, (entry, state) in enumerate(
+        zip(SUBMISSION.iter_unpack(entries), states, strict=True)
+    ):
+        _, _, file, offset, region, length, start, _ = entry
+        if not state or file not in files:
+            left.append(place)
+            continue
+        inode, chunks, chunk_bytes, end = FILE.unpack(files[file][0])
+        index, within = divmod(offset, chunk_bytes)
+        replicas = replicas_of(files[file][1], index) if index < 1 << 32 else []
+        if offset + length > end or within + length > chunk_bytes or not replicas:
+            left.append(place)
+            continue
+        spread = (inode * 2654435761 + index) & 0x7FFF_FFFF
+        target, version, node = choose(replicas, spread, numbers)
+        chunk = pack_chunk_id(InodeId(chunks), index)
+        operation = ReadOp(TargetId(target), ChainVersion(version), chunk, within, length)
+        sink = (REGION.unpack(regions[region])[0], start, length)
+        planned.append((place, node, operation, sink, region))
+    return calls_of(planned, bytes_max), struct.pack(f"<{len(left)}I", *left)
+
+
+def calls_of(planned, bytes_max):
+    """Group by node, the nodes in the order of their first entries."""
+    calls = []
+    while planned:
+        node, some, size, full = planned[0][1], [], 0, False
+        for one in planned:
+            fits = not some or size + one[3][2] <= bytes_max
+            full = full or (one[1] == node and not fits) or len(some) == OPERATIONS_MAX
+            if one[1] == node and not full:
+                some.append(one)
+                size += one[3][2]
+        planned = [one for one in planned if one not in some]
+        calls.append(
+            (
+                node,
+                pack_read_ops([one[2] for one in some]),
+                pack_descriptors([field for one in some for field in one[3]]),
+                struct.pack(f"<{len(some)}I", *[one[0] for one in some]),
+                size,
+                list(dict.fromkeys(one[4] for one in some)),
+            )
+        )
+    return calls
+
+
+def settle_twin(entries, places, results, filled):
+    done, shorts, failed = [], [], []
+    sent = memoryview(filled).cast("I").tolist()
+    found = unpack_read_results(results)
+    for i, place in enumerate(memoryview(places).cast("I").tolist()):
+        user_data, _, _, _, _, length, _, _ = SUBMISSION.unpack_from(entries, 64 * place)
+        code, got, _ = found[i]
+        if code or got > length or (sent and got > sent[i]):
+            failed.append(place)
+        elif got < length:
+            shorts += [place, got]
+        else:
+            done.append(COMPLETION.pack(user_data, length))
+    pack = struct.pack
+    return b"".join(done), pack(f"<{len(shorts)}I", *shorts), pack(f"<{len(failed)}I", *failed)
