@@ -7,6 +7,7 @@ or (where the caller says so) no longer in charge.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from emberfs.fabric.call import Peer, Reply
@@ -38,6 +39,10 @@ class RoutingView(Protocol):
 class Peers(Protocol):
     """What the data path needs of fabric.pool.PeerPool."""
 
+    def ready(self, endpoints: tuple[str, ...]) -> Peer | None:
+        """Return the connection if there is one."""
+        ...
+
     async def get(self, endpoints: Sequence[str]) -> Peer:
         """Return a usable connection. UNREACHABLE."""
         ...
@@ -46,8 +51,17 @@ class Peers(Protocol):
 class _Pending(NamedTuple):
     node: NodeId
     incarnation: int
-    scope: asyncio.Timeout
+    abort: Callable[[], None]
     still_good: Callable[[RoutingSnapshot], bool] | None
+
+
+class StartedCall(NamedTuple):
+    """See call.Started."""
+
+    ticket: int
+    node: NodeId
+    future: asyncio.Future[Reply]
+    give_up: Callable[[EmberfsError], None]
 
 
 class NodeCalls:
@@ -87,15 +101,14 @@ class NodeCalls:
         self.in_flight[node] = self.in_flight.get(node, 0) + 1
         try:
             async with asyncio.timeout(None) as scope:
-                self._pending[ticket] = _Pending(node, record.incarnation, scope, still_good)
+                abort = partial(_end_now, scope)
+                self._pending[ticket] = _Pending(node, record.incarnation, abort, still_good)
                 peer = await self._peers.get(record.endpoints)
                 return await peer.call(
                     method, body, sources=sources, sinks=sinks, timeout_ns=timeout_ns
                 )
         except TimeoutError:
-            raise EmberfsError(
-                Code.DISCONNECTED, f"node {node} died or lost its part while it was asked"
-            ) from None
+            raise _died(node) from None
         finally:
             self._pending.pop(ticket, None)
             self.in_flight[node] -= 1
@@ -103,12 +116,44 @@ class NodeCalls:
     def _on_routing(self, snapshot: RoutingSnapshot) -> None:
         if self._closed or not self._pending:
             return
-        now = asyncio.get_running_loop().time()
         for ticket, pending in list(self._pending.items()):
             if not _pointless(pending, snapshot):
                 continue
             del self._pending[ticket]
-            pending.scope.reschedule(now)
+            pending.abort()
+
+    def start(
+        self, node: NodeId, method: int, body: bytes, *, sinks: PackedSinks, timeout_ns: int
+    ) -> StartedCall | None:
+        """Begin a call if there is a connection with room for it; else None: use `call`.
+
+        It must be released when its future is done. Raises what is wrong from the start.
+        """
+        record = self._routing.snapshot.nodes.get(node)
+        peer = None if record is None else self._peers.ready(record.endpoints)
+        if record is None or peer is None:
+            return None
+        started = peer.start(method, body, sinks=sinks, timeout_ns=timeout_ns)
+        if started is None:
+            return None
+        self._count += 1
+        abort = partial(started.give_up, _died(node))
+        self._pending[self._count] = _Pending(node, record.incarnation, abort, None)
+        self.in_flight[node] = self.in_flight.get(node, 0) + 1
+        return StartedCall(self._count, node, *started)
+
+    def release(self, call: StartedCall) -> None:
+        """Hear that the future of a started call is done."""
+        self._pending.pop(call.ticket, None)
+        self.in_flight[call.node] -= 1
+
+
+def _end_now(scope: asyncio.Timeout) -> None:
+    scope.reschedule(asyncio.get_running_loop().time())
+
+
+def _died(node: NodeId) -> EmberfsError:
+    return EmberfsError(Code.DISCONNECTED, f"node {node} died or lost its part while it was asked")
 
 
 def _pointless(pending: _Pending, snapshot: RoutingSnapshot) -> bool:

@@ -5,15 +5,19 @@ busy the nodes are. What fails is left to the caller, who reads it in the common
 that one has the patience and the reasons.
 """
 
+import asyncio
 import struct
 from array import array
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 from emberfs.client import metrics
 from emberfs.client.chunkread import ATTEMPT_NS, ATTEMPT_NS_PER_BYTE, BYTES_MAX, ChunkReader
-from emberfs.client.nodecalls import NodeCalls, RoutingView
+from emberfs.client.nodecalls import NodeCalls, RoutingView, StartedCall
 from emberfs.fabric.call import Reply
 from emberfs.fabric.sinks import PackedSinks
-from emberfs.proto.errors import EmberfsError
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout
 from emberfs.proto.ids import MS, SECOND, ChainId, NodeId
 from emberfs.proto.storage_calls import READ_BATCH
@@ -27,6 +31,9 @@ _REPLICA = struct.Struct("<III")  # target, chain version, number of its node he
 _WIDTH_MAX = 16
 _COST_MAX = (1 << 32) - 1
 _TABLES_MAX = 4096
+_CANCELLED = EmberfsError(Code.CANCELLED, "cancelled by the caller")
+
+Done: TypeAlias = Callable[[Reply | None], None]  # None: it failed
 
 
 class PackedReader:
@@ -79,19 +86,58 @@ class PackedReader:
         cost = self._reader.cost
         return array("I", [min(cost(node), _COST_MAX) for node in self._nodes]).tobytes()
 
-    async def call(self, number: int, operations: bytes, sinks: PackedSinks) -> Reply | None:
-        """Perform one call at the node of that number; None if it failed."""
+    def start(
+        self, number: int, operations: bytes, sinks: PackedSinks, done: Done
+    ) -> tuple[asyncio.Future[Any], Callable[[], object]]:
+        """Begin one call at the node of that number; `done` is called when it has ended.
+
+        Returns a future that is done by then, and what makes it end soon. The memory is at rest
+        only then.
+        """
         node, began_ns = self._nodes[number], self._env.now_ns()
         timeout_ns = ATTEMPT_NS + sinks.length * ATTEMPT_NS_PER_BYTE + 10 * MS
         try:
-            reply = await self._calls.call(
+            call = self._calls.start(
                 node, READ_BATCH, operations, sinks=sinks, timeout_ns=timeout_ns
             )
-        except EmberfsError as problem:
-            self._reader.failed(node, problem)
-            return None
+        except EmberfsError:  # of no use for anybody: who reads it one by one hears why
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            future.add_done_callback(lambda _: done(None))
+            future.set_result(None)
+            return future, lambda: None
+        if call is None:
+            working = asyncio.ensure_future(
+                self._calls.call(node, READ_BATCH, operations, sinks=sinks, timeout_ns=timeout_ns)
+            )
+            working.add_done_callback(partial(self._ended, node, began_ns, sinks.length, done))
+            return working, working.cancel
+        call.future.add_done_callback(
+            partial(self._started_ended, call, began_ns, sinks.length, done)
+        )
+        return call.future, partial(call.give_up, _CANCELLED)
+
+    def _started_ended(
+        self,
+        call: StartedCall,
+        began_ns: int,
+        length: int,
+        done: Done,
+        future: asyncio.Future[Reply],
+    ) -> None:
+        self._calls.release(call)
+        self._ended(call.node, began_ns, length, done, future)
+
+    def _ended(
+        self, node: NodeId, began_ns: int, length: int, done: Done, future: asyncio.Future[Reply]
+    ) -> None:
+        problem = None if future.cancelled() else future.exception()
+        if problem is not None or future.cancelled():
+            if isinstance(problem, EmberfsError):
+                self._reader.failed(node, problem)
+            done(None)
+            return
         self._reader.answered(node)
         metrics.READ_CALLS.inc()
-        metrics.READ_BYTES.inc(sinks.length)
+        metrics.READ_BYTES.inc(length)
         metrics.READ_SECONDS.observe((self._env.now_ns() - began_ns) / SECOND)
-        return reply
+        done(future.result())

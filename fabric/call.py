@@ -4,11 +4,13 @@ The caller names memory: `sources` the server pulls, `sinks` the server fills. T
 transfer, as with RDMA READ and WRITE. Which transport carries it is invisible here.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from emberfs.fabric.region import Buffer, Slice
 from emberfs.fabric.sinks import PackedSinks, SinkTable
+from emberfs.proto.errors import EmberfsError
 from emberfs.proto.ids import MiB
 
 BODY_BYTES_MAX = 4 * MiB
@@ -23,6 +25,15 @@ class Reply(NamedTuple):
     body: bytes
     # Bytes written into each sink, from its start. Of PackedSinks that are all full: empty.
     filled: Sequence[int]
+
+
+class Started(NamedTuple):
+    """A call under way."""
+
+    # Done when nothing touches the call's memory any more. It must not be cancelled: that would not
+    # stop the server.
+    future: asyncio.Future[Reply]
+    give_up: Callable[[EmberfsError], None]  # cancel at the server; the future fails with this
 
 
 class Peer(Protocol):
@@ -45,6 +56,20 @@ class Peer(Protocol):
         When this returns or raises, no byte of `sinks` changes any more and `sources` are no longer
         read. Raises EmberfsError: the server's own code, or TIMEOUT, DISCONNECTED, TOO_LARGE,
         OVERLOADED, MALFORMED. Cancelling the task cancels the call at the server.
+        """
+        ...
+
+    def start(
+        self,
+        method: int,
+        body: bytes,
+        *,
+        sinks: Sequence[Buffer] | PackedSinks = (),
+        timeout_ns: int,
+    ) -> Started | None:
+        """Begin a call without a coroutine; None if it would have to wait first: use `call`.
+
+        The future says what `call` would; what is wrong from the start is raised here.
         """
         ...
 
@@ -90,3 +115,7 @@ class ServerCall(Protocol):
 # A handler returns the reply's body, or raises EmberfsError. It is cancelled when the caller
 # cancels, its deadline passes or its connection goes; what must finish is shielded by the handler.
 Handler = Callable[[ServerCall], Awaitable[bytes]]
+
+# Answers without waiting for anything, or returns None: then the method's Handler does it. What is
+# answered within microseconds does not need a task.
+QuickHandler = Callable[[ServerCall], bytes | None]

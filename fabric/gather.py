@@ -64,6 +64,8 @@ def gather_sinks(
         return gather(sinks, share, writable=True)
     if share is not None and all(map(share, sinks.regions)):
         return Gathered([], [], [], sinks.length, 0, list(sinks.regions), (), sinks)
+    if any(region.fd < 0 for region in sinks.regions):
+        raise EmberfsError(Code.INVALID, "the region is closed")
     return gather(sinks.slices(), share)
 
 

@@ -16,9 +16,10 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from emberfs.fabric import frame
-from emberfs.fabric.call import Reply
+from emberfs.fabric.call import Reply, Started
 from emberfs.fabric.frame import Header, Hello, Kind, Registration
 from emberfs.fabric.gather import Gathered, filled_views, gather, gather_sinks
 from emberfs.fabric.metrics import Tally
@@ -124,15 +125,9 @@ class StreamPeer:
         timeout_ns: int,
     ) -> Reply:
         """Perform one call (see call.Peer)."""
-        if self._problem is not None:
-            raise self._gone()
         now_ns = self._env.now_ns()
         deadline_ns = now_ns + timeout_ns
-        shared = self._shared
-        share = None if shared is None else self._share
-        pulled = gather(sources, None if shared is None else self._share_source)
-        filled = gather_sinks(sinks, share)
-        frame.check_request(len(body), pulled.number, pulled.length, filled.number, filled.length)
+        pulled, filled = self._described(body, sources, sinks)
         cost = pulled.length + filled.streamed
         if self._waiting or not self._fits(cost):
             await self._admission(cost, deadline_ns, now_ns)
@@ -146,6 +141,37 @@ class StreamPeer:
             if self._pending.get(request) is pending:
                 await self._cancel(request, pending)
             raise
+
+    def start(
+        self,
+        method: int,
+        body: bytes,
+        *,
+        sinks: Sequence[Buffer] | PackedSinks = (),
+        timeout_ns: int,
+    ) -> Started | None:
+        """Begin a call at once (see call.Peer)."""
+        deadline_ns = self._env.now_ns() + timeout_ns
+        pulled, filled = self._described(body, (), sinks)
+        cost = filled.streamed
+        if self._waiting or not self._fits(cost):
+            return None
+        self._inflight += 1
+        self._inflight_bytes += cost
+        request, pending = self._begin(method, body, pulled, filled, cost, deadline_ns)
+        return Started(pending.future, partial(self._give_up, request, pending))
+
+    def _described(
+        self, body: bytes, sources: Sequence[Buffer], sinks: Sequence[Buffer] | PackedSinks
+    ) -> tuple[Gathered, Gathered]:
+        """Sources and sinks as the server will see them. Raises what `call` raises at once."""
+        if self._problem is not None:
+            raise self._gone()
+        shared = self._shared is not None
+        pulled = gather(sources, self._share_source if shared else None)
+        filled = gather_sinks(sinks, self._share if shared else None)
+        frame.check_request(len(body), pulled.number, pulled.length, filled.number, filled.length)
+        return pulled, filled
 
     def _begin(
         self,
@@ -362,6 +388,10 @@ class StreamPeer:
             return True
         moved = stream.sent_bytes > pending.sent_before
         return bool(stream.queued_bytes) and not moved and now_ns - pending.begun_ns >= STALL_NS
+
+    def _give_up(self, request: int, pending: _Pending, problem: EmberfsError) -> None:
+        if pending.problem is None and self._pending.get(request) is pending:
+            self._expire(request, pending, problem, self._env.now_ns())
 
     async def _cancel(self, request: int, pending: _Pending) -> None:
         """The caller's task is cancelled: tell the server and wait until memory is at rest."""

@@ -58,6 +58,11 @@ class PeerPool:
         self._tasks = TaskSet()
         self._closed = False
 
+    def ready(self, endpoints: tuple[str, ...]) -> Peer | None:
+        """Return the connection to a server if there is one."""
+        entry = self._entries.get(endpoints)
+        return None if entry is None or entry.peer is None or entry.peer.closed else entry.peer
+
     async def get(self, endpoints: Sequence[str]) -> Peer:
         """Return a connection to the server with these endpoints, making one if needed.
 

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from emberfs.fabric.buffers import BufferPool
-from emberfs.fabric.call import Handler
+from emberfs.fabric.call import Handler, QuickHandler
 from emberfs.fabric.endpoint import Listener, Transport
 from emberfs.fabric.session import Session
 from emberfs.fabric.transports import TRANSPORTS, transport_of
@@ -20,7 +21,7 @@ _DRAIN_STEP_NS = 5 * MS
 
 
 class Server:
-    """Handlers by method number, on one or more endpoints.
+    """Handlers by method number, on one or more endpoints; `quick` ones are tried first.
 
     A handler gets sources and sinks that are valid until it returns. So it must not return, not
     even by being cancelled, while a thread or a task that it began still uses them.
@@ -32,12 +33,14 @@ class Server:
         handlers: Mapping[int, Handler],
         *,
         name: str,
+        quick: Mapping[int, QuickHandler] = MappingProxyType({}),
         pool: BufferPool | None = None,
         transports: Mapping[str, Transport] = TRANSPORTS,
     ) -> None:
         self.env = env
         self.name = name
         self.handlers = handlers
+        self.quick = quick
         self._transports = transports
         self._own_pool = pool is None
         self.pool = pool if pool is not None else BufferPool(POOL_BYTES_DEFAULT)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from emberfs.fabric import frame
 from emberfs.fabric.buffers import BufferPool
-from emberfs.fabric.call import BODY_BYTES_MAX, PAYLOAD_BYTES_MAX, Handler
+from emberfs.fabric.call import BODY_BYTES_MAX, PAYLOAD_BYTES_MAX, Handler, QuickHandler
 from emberfs.fabric.frame import STREAMED, Header, Hello, Kind
 from emberfs.fabric.metrics import REFUSED, Tally
 from emberfs.fabric.region import Slice
@@ -27,7 +27,7 @@ from emberfs.fabric.sinks import SinkTable, survey
 from emberfs.fabric.stream import LARGE_BYTES, Stream, nowhere
 from emberfs.fabric.sweep import Sweep
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import MS, SECOND, MiB
+from emberfs.proto.ids import MS, SECOND, KiB, MiB
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 
@@ -40,6 +40,7 @@ POOL_WAIT_NS = SECOND // 2  # below the caller's grace period: a CANCEL may stan
 STALL_NS = 10 * SECOND  # a caller that takes no byte of its replies for so long is cut off
 HELLO_NS = 5 * SECOND
 STOP_NS = 10 * SECOND  # how long a cancelled handler may take to end
+QUICK_BYTES_MAX = 256 * KiB  # what a call fills at most that is answered before others are heard
 _NO_REGIONS: dict[int, memoryview] = {}
 
 
@@ -49,6 +50,7 @@ class Host(Protocol):
     env: Env
     name: str
     handlers: Mapping[int, Handler]
+    quick: Mapping[int, QuickHandler]
     pool: BufferPool
     tasks: TaskSet
     draining: bool
@@ -330,10 +332,32 @@ class Session:
             self._start(call)
 
     def _start(self, call: Call) -> None:
+        quick = self._host.quick.get(call.method)
+        if quick is not None and call.sink_bytes <= QUICK_BYTES_MAX and self._answers(call, quick):
+            return
         now_ns = call.deadline_ns - call.header.timeout_ms * MS
         self._sweeper.arm(now_ns, call.deadline_ns)
         call.task = self._loop.create_task(self._run(call))
         self._throttle()  # not before: its own payload has to come in
+
+    def _answers(self, call: Call, quick: QuickHandler) -> bool:
+        """Let a quick handler answer; False if it does not."""
+        try:
+            body = quick(call)
+        except EmberfsError as problem:
+            self._ended(call, problem)
+        except Exception:
+            self._broken(call)
+        else:
+            if body is None:
+                return False
+            self._reply(call, body)
+        return True
+
+    def _broken(self, call: Call) -> None:
+        log.exception("method %d failed for %s", call.method, call.peer)
+        what = f"method {call.method} failed: see the log of {self._host.name}"
+        self._ended(call, EmberfsError(Code.INTERNAL, what))
 
     async def _run(self, call: Call) -> None:
         call.started = True
@@ -348,9 +372,7 @@ class Session:
         except asyncio.CancelledError:
             self._ended(call, call.ended or EmberfsError(Code.CANCELLED, "handler was cancelled"))
         except Exception:
-            log.exception("method %d failed for %s", call.method, call.peer)
-            what = f"method {call.method} failed: see the log of {self._host.name}"
-            self._ended(call, EmberfsError(Code.INTERNAL, what))
+            self._broken(call)
         else:
             self._reply(call, body)
 
@@ -404,7 +426,7 @@ class Session:
         if not self._calls:
             if self._ending is not None:
                 self._say_last()
-            elif self._stream is not None:
+            elif self._stream is not None and not self._stream.unparsed_bytes:
                 self._stream.flush()  # the last of a batch: do not wait for the next turn
 
     # ------------------------------------------------------------ time

@@ -144,6 +144,11 @@ class Stream:
             self._targets = deque(_nowhere(rest))
 
     @property
+    def unparsed_bytes(self) -> int:
+        """Bytes of further frames that have arrived."""
+        return self._end - self._start
+
+    @property
     def receiving(self) -> Header | None:
         """The frame whose payload is being received."""
         return self._header if self._in_payload else None

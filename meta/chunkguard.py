@@ -21,6 +21,10 @@ class _GuardedPeers:
         self._peers = peers
         self._holds = holds
 
+    def ready(self, endpoints: tuple[str, ...]) -> Peer | None:
+        """See Peers."""
+        return self._peers.ready(endpoints) if self._holds() else None
+
     async def get(self, endpoints: Sequence[str]) -> Peer:
         """See Peers. CANCELLED when the tenure is over: nobody tries again."""
         peer = await self._peers.get(endpoints)

@@ -60,22 +60,36 @@ class Reader:
     async def read_batch(self, call: ServerCall) -> bytes:
         """The handler of READ_BATCH."""
         started_ns = self._env.now_ns()
+        self._check_count(call)
+        found, states = self._read_plainly(call)
+        if not any(states):
+            return self._all_read(call, found, started_ns)
+        results = await self._read_the_rest(call, found, states, started_ns)
+        self._note(self._account(call, results), started_ns)
+        return pack_read_results(results)
+
+    def read_now(self, call: ServerCall) -> bytes | None:
+        """The quick handler of READ_BATCH: None if there is anything that is not plain."""
+        started_ns = self._env.now_ns()
+        self._check_count(call)
+        found, states = self._read_plainly(call)
+        return None if any(states) else self._all_read(call, found, started_ns)
+
+    def _all_read(self, call: ServerCall, found: bytes, started_ns: int) -> bytes:
+        call.fill_all()
+        READS_OK.inc(call.sink_table.number)
+        self._note(call.sink_bytes, started_ns)
+        return found
+
+    def _check_count(self, call: ServerCall) -> None:
         count = count_read_ops(call.body)
         if count != call.sink_table.number:
             text = f"{count} reads with {call.sink_table.number} sinks"
             raise EmberfsError(Code.MALFORMED, text)
-        found, states = self._read_plainly(call)
-        if any(states):
-            results = await self._read_the_rest(call, found, states, started_ns)
-            total = self._account(call, results)
-            found = pack_read_results(results)
-        else:
-            total = call.sink_bytes
-            call.fill_all()
-            READS_OK.inc(count)
+
+    def _note(self, total: int, started_ns: int) -> None:
         READ_BYTES.inc(total)
         READ_SECONDS.observe((self._env.now_ns() - started_ns) / SECOND)
-        return found
 
     async def version(self, target: TargetId, chain_version: ChainVersion, chunk: ChunkId) -> int:
         """Tell the committed version, as the tail. NOT_SERVING if we are not the tail."""

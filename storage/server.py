@@ -113,6 +113,7 @@ class StorageServer:
             env,
             self.service.handlers,
             name=f"storage {config.node}",
+            quick=self.service.quick,
             transports=self._wiring.transports,
         )
         endpoints = [await self._fabric.listen(endpoint) for endpoint in config.listen]

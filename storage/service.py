@@ -7,7 +7,7 @@ import msgspec
 
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.fabric.buffers import BufferPool
-from emberfs.fabric.call import Handler, ServerCall
+from emberfs.fabric.call import Handler, QuickHandler, ServerCall
 from emberfs.fabric.region import Slice
 from emberfs.proto.cluster import Chain, PublicState, RoutingSnapshot, TargetReport
 from emberfs.proto.errors import Code, EmberfsError
@@ -120,6 +120,11 @@ class StorageService:
             FSCK.number: self.fsck,
             REPAIR.number: self.repair,
         }
+
+    @property
+    def quick(self) -> dict[int, QuickHandler]:
+        """Those that may answer without waiting."""
+        return {READ_BATCH: self._reader.read_now}
 
     async def open(self) -> None:
         """Open all targets side by side; those that cannot be opened are reported OFFLINE."""

@@ -5,19 +5,21 @@ that storage alone can answer, and makes completions of the answers. Every other
 fails, is left to the performer, who looks at them one by one.
 """
 
+import asyncio
 import struct
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from emberfs.client.chunkread import clear
-from emberfs.client.gather import gather_all
 from emberfs.client.native import _batch
 from emberfs.client.native.holdings import Holdings
 from emberfs.client.native.layout import COMPLETION, SUBMISSION
 from emberfs.client.openfile import OpenFile
 from emberfs.client.packedread import BYTES_MAX, PackedReader
 from emberfs.client.rangelock import Hold
+from emberfs.fabric.call import Reply
 from emberfs.fabric.region import Region
 from emberfs.fabric.sinks import PackedSinks
 from emberfs.proto.errors import EmberfsError
@@ -50,19 +52,16 @@ class BulkReads:
         facts = holdings.region_facts
         states, spans = _batch.survey(entries, facts)
         files, opened, holds = self._files(spans, holdings)
-        left: list[int] = []
         try:
             calls, others = _batch.plan(
                 entries, states, facts, files, self._packed.costs(), BYTES_MAX
             )
-            left += memoryview(others).cast("I").tolist()
-            works = [self._call(_Call(*c), entries, holdings, opened, tell) for c in calls]
-            for failed in await gather_all(works):
-                left += failed
+            batch = _Batch(entries, holdings, opened, tell, memoryview(others).cast("I").tolist())
+            await batch.perform([_Call(*call) for call in calls], self._packed)
         finally:
             for file, hold in holds:
                 file.state.lock.give(hold)
-        return left
+        return batch.left
 
     def _files(
         self, spans: list[tuple[int, int, int]], holdings: Holdings
@@ -80,29 +79,75 @@ class BulkReads:
             files[number] = facts, self._packed.table(where)
         return files, [file for file, _ in holds], holds
 
-    async def _call(
-        self, call: _Call, entries: bytes, holdings: Holdings, opened: list[OpenFile], tell: Tell
-    ) -> list[int]:
-        """Perform one call, tell of what it has read; return the places of what failed."""
-        every = memoryview(call.places).cast("I")
-        regions = [region for n in call.regions if (region := holdings.region(n)) is not None]
-        if len(regions) != len(call.regions):
-            return every.tolist()
-        sinks = PackedSinks(call.sinks, call.length, regions)
-        reply = await self._packed.call(call.node, call.operations, sinks)
+
+class _Batch:
+    """The calls of one batch, which tell of their entries as they end."""
+
+    def __init__(
+        self,
+        entries: bytes,
+        holdings: Holdings,
+        opened: list[OpenFile],
+        tell: Tell,
+        left: list[int],
+    ) -> None:
+        self.left = left
+        self._entries = entries
+        self._holdings = holdings
+        self._opened = opened
+        self._tell = tell
+        self._running = 0
+        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def perform(self, calls: list[_Call], packed: PackedReader) -> None:
+        """Return when all calls have ended and nothing touches their memory any more."""
+        begun = []
+        for call in calls:
+            regions = [r for n in call.regions if (r := self._holdings.region(n)) is not None]
+            if len(regions) != len(call.regions):
+                self.left += memoryview(call.places).cast("I")
+                continue
+            sinks = PackedSinks(call.sinks, call.length, regions)
+            self._running += 1
+            begun.append(
+                packed.start(call.node, call.operations, sinks, partial(self._ended, call))
+            )
+        if not begun:
+            return
+        try:
+            await self._finished
+        except asyncio.CancelledError:
+            for _, give_up in begun:
+                give_up()
+            await asyncio.wait([future for future, _ in begun])
+            raise
+
+    def _ended(self, call: _Call, reply: Reply | None) -> None:
+        try:
+            self._settle(call, reply)
+        finally:
+            self._running -= 1
+            if not self._running and not self._finished.done():
+                self._finished.set_result(None)
+
+    def _settle(self, call: _Call, reply: Reply | None) -> None:
+        """Tell of what a call has read; what failed is left."""
         # A file that was collected meanwhile reads as zeros: then it is to say so.
-        if reply is None or not all(file.is_there() for file in opened):
-            return every.tolist()
+        if reply is None or not all(file.is_there() for file in self._opened):
+            self.left += memoryview(call.places).cast("I")
+            return
         filled = array("I", reply.filled).tobytes()
         try:
-            done, shorts, failed = _batch.settle(entries, call.places, reply.body, filled)
+            done, shorts, failed = _batch.settle(self._entries, call.places, reply.body, filled)
         except ValueError:  # not as many results as operations
-            return every.tolist()
+            self.left += memoryview(call.places).cast("I")
+            return
         if shorts:
-            done += _ended_early(entries, memoryview(shorts).cast("I").tolist(), holdings)
+            ends = memoryview(shorts).cast("I").tolist()
+            done += _ended_early(self._entries, ends, self._holdings)
         if done:
-            tell(done)
-        return memoryview(failed).cast("I").tolist()
+            self._tell(done)
+        self.left += memoryview(failed).cast("I")
 
 
 def _readable(holdings: Holdings, number: int) -> OpenFile | None:

@@ -18,17 +18,19 @@ import pytest
 
 from emberfs.fabric.buffers import BufferPool
 from emberfs.fabric.call import BODY_BYTES_MAX, Handler, Peer, Reply, ServerCall
+from emberfs.fabric.frame import pack_descriptors
 from emberfs.fabric.peer import INFLIGHT_CALLS_MAX
 from emberfs.fabric.pool import PeerPool
 from emberfs.fabric.region import Buffer, Region, Slice
 from emberfs.fabric.server import Server
+from emberfs.fabric.sinks import PackedSinks
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, KiB, MiB
 from emberfs.runtime.real import RealEnv
 
 TRANSPORTS = ["tcp", "shm"]
 
-ECHO, FILL, SLEEP, FAIL, CRASH, SCRIBBLE, HALF, GATE = range(1, 9)
+ECHO, FILL, SLEEP, FAIL, CRASH, SCRIBBLE, HALF, GATE, QUICK = range(1, 10)
 PATTERN = bytes(range(256)) * 16
 
 
@@ -63,10 +65,13 @@ class Bench:
             SCRIBBLE: self.scribble,
             HALF: self.half,
             GATE: self.wait_at_gate,
+            QUICK: self.after_all,
         }
 
     async def start(self, pool: BufferPool | None = None) -> None:
-        self.server = Server(self.env, self.handlers, name="suite", pool=pool)
+        self.server = Server(
+            self.env, self.handlers, name="suite", quick={QUICK: self.at_once}, pool=pool
+        )
         self.endpoint = await self.server.listen(self.endpoint or self.listen_on)
 
     async def stop(self, drain_ns: int = 0) -> None:
@@ -91,6 +96,25 @@ class Bench:
         )
 
     # the handlers
+
+    def at_once(self, call: ServerCall) -> bytes | None:
+        """As the body says."""
+        match bytes(call.body):
+            case b"answer":
+                for sink in call.sinks:
+                    sink[:] = b"q" * len(sink)
+                call.fill_all()
+                return b"at once"
+            case b"refuse":
+                raise EmberfsError(Code.INVALID, "refused at once")
+            case b"break":
+                raise RuntimeError("broken on purpose")
+        return None
+
+    async def after_all(self, call: ServerCall) -> bytes:
+        """What the quick handler leaves."""
+        call.fill_all()
+        return b"after all"
 
     async def echo(self, call: ServerCall) -> bytes:
         self.source_addresses = list(call.sources)
@@ -236,6 +260,89 @@ async def sinks_are_filled(b: Bench) -> None:
         at += size + 64
     assert bytes(plain) == b"\x07" * 20_000 + bytes(10_000) + b"\x08" * 20_000
     region.close()
+
+
+async def what_is_quick_is_answered_without_a_task(b: Bench) -> None:
+    region = Region(64 * KiB)
+    sinks: list[Buffer] = [region.slice(0, 4096), region.slice(5000, 10)]
+    for _ in range(3):
+        region.view[:8192] = bytes(8192)
+        reply = await b.call(QUICK, b"answer", sinks=sinks)
+        assert (reply.body, list(reply.filled)) == (b"at once", [4096, 10])
+        assert bytes(region.view[:6000]) == b"q" * 4096 + bytes(904) + b"q" * 10 + bytes(990)
+    assert (await b.call(QUICK, b"leave it", sinks=sinks)).body == b"after all"
+    await expect(Code.INVALID, b.call(QUICK, b"refuse", sinks=sinks))
+    await expect(Code.INTERNAL, b.call(QUICK, b"break", sinks=sinks))
+    answers = await asyncio.gather(*(b.call(QUICK, b"answer") for _ in range(300)))
+    assert {answer.body for answer in answers} == {b"at once"}
+    large: list[Buffer] = [memoryview(bytearray(2 * MiB))]  # would keep others waiting
+    assert (await b.call(QUICK, b"answer", sinks=large)).body == b"after all"
+    region.close()
+
+
+async def packed_sinks_are_filled(b: Bench) -> None:
+    one, other = Region(64 * KiB), Region(64 * KiB)
+    parts = [(one, 4096, 100), (other, 0, 4096), (one, 0, 4096), (one, 9000, 0)]
+    flat = [number for region, at, size in parts for number in (region.id, at, size)]
+    sinks = PackedSinks(pack_descriptors(flat), 8292, [one, other])
+    peer = await b.peer()
+    reply = await peer.call(FILL, b"", sinks=sinks, timeout_ns=SECOND)
+    assert list(reply.filled) in ([], [100, 4096, 4096, 0])  # packed, or one by one
+    for index, (region, at, size) in enumerate(parts):
+        assert bytes(region.view[at : at + size]) == bytes([index + 1]) * size
+    reply = await peer.call(HALF, b"", sinks=sinks, timeout_ns=SECOND)
+    assert list(reply.filled) == [0, 2048, 4096, 0]
+    one.close()
+    await expect(Code.INVALID, peer.call(FILL, b"", sinks=sinks, timeout_ns=SECOND))
+    other.close()
+
+
+async def a_started_call_needs_no_coroutine(b: Bench) -> None:
+    region = Region(64 * KiB)
+    sinks: list[Buffer] = [region.slice(0, 4096)]
+    peer = await b.peer()
+    started = peer.start(FILL, b"", sinks=sinks, timeout_ns=SECOND)
+    assert started is not None
+    assert list((await started.future).filled) == [4096]
+    refused = peer.start(FAIL, b"", timeout_ns=SECOND)
+    assert refused is not None
+    with pytest.raises(EmberfsError):
+        await refused.future
+    before = b.cancelled
+    given_up = peer.start(SCRIBBLE, b"", sinks=sinks, timeout_ns=5 * SECOND)
+    assert given_up is not None
+    await asyncio.sleep(0.02)
+    given_up.give_up(EmberfsError(Code.DISCONNECTED, "it is dead"))
+    given_up.give_up(EmberfsError(Code.CANCELLED, "said twice"))
+    with pytest.raises(EmberfsError, match="it is dead"):
+        await given_up.future
+    region.view[:4096] = b"\x55" * 4096
+    await until(lambda: b.cancelled == before + 1)
+    assert bytes(region.view[:4096]) == b"\x55" * 4096
+    assert not region.abandoned
+    late = peer.start(SLEEP, b"5000", timeout_ns=30 * MS)
+    assert late is not None
+    with pytest.raises(EmberfsError) as problem:
+        await late.future
+    assert problem.value.code == Code.TIMEOUT
+    region.close()
+
+
+async def nothing_is_started_that_would_have_to_wait(b: Bench) -> None:
+    peer = await b.peer()
+    begun = [peer.start(GATE, b"", timeout_ns=5 * SECOND) for _ in range(INFLIGHT_CALLS_MAX + 1)]
+    assert begun.pop() is None
+    b.gate.set()
+    for started in begun:
+        assert started is not None
+        await started.future
+    again = peer.start(ECHO, b"", timeout_ns=SECOND)
+    assert again is not None
+    await again.future
+    await peer.close()
+    with pytest.raises(EmberfsError) as problem:
+        peer.start(ECHO, b"", timeout_ns=SECOND)
+    assert problem.value.code == Code.DISCONNECTED
 
 
 async def many_sinks(b: Bench) -> None:
@@ -512,6 +619,10 @@ SCENARIOS = [
     sources_are_pulled,
     large_sources_are_pulled,
     sinks_are_filled,
+    what_is_quick_is_answered_without_a_task,
+    packed_sinks_are_filled,
+    a_started_call_needs_no_coroutine,
+    nothing_is_started_that_would_have_to_wait,
     many_sinks,
     sinks_may_be_filled_in_part,
     concurrent_large_reads,
@@ -531,4 +642,4 @@ SCENARIOS = [
     random_calls_and_a_small_pool,
 ]
 
-BASICS = SCENARIOS[:9]
+BASICS = SCENARIOS[:13]
