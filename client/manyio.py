@@ -6,7 +6,7 @@ holds itself, whose length meta must tell, or where a writer is at work, takes t
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from emberfs.client.chunkio import ChunkIO, ReadRequest
@@ -42,13 +42,20 @@ async def read_many(chunkio: ChunkIO, ranges: Sequence[Range]) -> list[Result]:
     return results
 
 
-async def write_many(ranges: Sequence[Range]) -> list[Result]:
+async def write_many(
+    ranges: Sequence[Range], ended: Callable[[int, Result], None] = lambda place, result: None
+) -> list[Result]:
     """Write the memory of every range, past the buffers: done means committed by every chain.
 
-    Ranges of one call that overlap are written in any order.
+    Ranges of one call that overlap are written in any order. `ended` hears of each as it ends.
     """
     results: list[Result] = [0] * len(ranges)
-    await _in_turns([_write_one(ranges, place, results) for place in range(len(ranges))])
+
+    async def write(place: int) -> None:
+        await _write_one(ranges, place, results)
+        ended(place, results[place])
+
+    await _in_turns([write(place) for place in range(len(ranges))])
     return results
 
 

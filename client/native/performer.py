@@ -34,6 +34,10 @@ class _Wanted:
     user_data: list[int] = field(default_factory=list)
     ranges: list[Range] = field(default_factory=list)
 
+    def at(self, place: int) -> tuple[int, Range]:
+        """User data and range of one."""
+        return self.user_data[place], self.ranges[place]
+
     def completions(self, results: Sequence[Result]) -> bytes:
         """Tell what became of each."""
         every = zip(self.user_data, self.ranges, results, strict=True)
@@ -78,9 +82,31 @@ class Performer:
         tell(wanted.completions(await read_many(self._chunkio, wanted.ranges)))
 
     async def _write(self, wanted: _Wanted, tell: Tell) -> None:
-        results = await write_many(wanted.ranges)
-        await self._written({one.file.inode_id for one in wanted.ranges})
-        tell(wanted.completions(results))
+        """Tell of writes as they end, at once of all that have ended meanwhile."""
+        ended: list[tuple[int, Result]] = []
+        news = asyncio.Event()
+
+        def note(place: int, result: Result) -> None:
+            ended.append((place, result))
+            news.set()
+
+        async def pass_on() -> None:
+            left = len(wanted.ranges)
+            while left:
+                await news.wait()
+                news.clear()
+                some = [(*wanted.at(place), result) for place, result in ended]
+                ended.clear()
+                left -= len(some)
+                await self._written({one.file.inode_id for _, one, _ in some})
+                tell(b"".join([_completion(*one) for one in some]))
+
+        passing = asyncio.ensure_future(pass_on())
+        try:
+            await write_many(wanted.ranges, note)
+            await passing
+        finally:
+            passing.cancel()
 
 
 def _unpacked(entries: bytes, places: Sequence[int]) -> list[Submission]:

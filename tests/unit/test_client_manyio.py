@@ -70,6 +70,21 @@ def test_each_range_has_its_own_result():
     run(test)
 
 
+def test_each_write_says_that_it_has_ended():
+    async def test(world):
+        files = world.client()
+        file, closed = await filled(files), await filled(files, b"g")
+        await closed.close()
+        heard = {}
+        ranges = [Range(f, 10, memoryview(b"new")) for f in (file, closed)]
+        results = await write_many(ranges, heard.__setitem__)
+        assert heard == dict(enumerate(results))
+        assert results[0] == 3
+        assert isinstance(results[1], EmberfsError)
+
+    run(test)
+
+
 def test_what_is_buffered_here_is_read_as_well():
     async def test(world):
         files = world.client()

@@ -1,13 +1,16 @@
 """The daemon's end of a ring, who is served next, and what is said over the socket."""
 
 import asyncio
+import errno
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberfs.client.native import layout, messages
+from emberfs.client.manyio import Range
+from emberfs.client.native import layout, messages, performer
 from emberfs.client.native._ring import load, spin, store_then_load
 from emberfs.client.native.layout import COMPLETION, SUBMISSION, WRAP, count_of
 from emberfs.client.native.messages import Answer, Kind, Request, RingTerms
@@ -231,6 +234,44 @@ def test_gathering_waits_for_enough_or_for_long_enough():
         assert len(done) == 2
 
     scheduled(story)
+
+
+# ---------------------------------------------------------------- writes
+
+
+def test_writes_are_told_as_they_end(monkeypatch):
+    """One that waits does not keep the others' completions back; nor does an error."""
+
+    class File:
+        inode_id = 7
+
+    async def story():
+        gate, dropped, told = asyncio.Event(), [], []
+
+        async def write_many(ranges, ended):
+            ended(1, 4096)
+            ended(2, EmberfsError(Code.NO_SPACE, "full"))
+            await gate.wait()
+            ended(0, 100)
+            return []
+
+        async def written(inodes):
+            dropped.append(inodes)
+
+        monkeypatch.setattr(performer, "write_many", write_many)
+        works = performer.Performer(SimpleNamespace(packed=None), written)
+        ranges = [Range(File(), 0, memoryview(bytes(1))) for _ in range(3)]
+        writing = asyncio.ensure_future(
+            works._write(performer._Wanted([5, 6, 7], ranges), told.append)
+        )
+        await asyncio.sleep(0.01)
+        both = COMPLETION.pack(6, 4096) + COMPLETION.pack(7, -errno.ENOSPC)
+        assert (told, dropped) == ([both], [{7}])
+        gate.set()
+        await writing
+        assert told[1:] == [COMPLETION.pack(5, 100)]
+
+    asyncio.run(asyncio.wait_for(story(), 5))
 
 
 # ---------------------------------------------------------------- messages
