@@ -72,7 +72,7 @@ class Connection:
         self.mount = mount_of(mount)
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._numbers: dict[int, int] = {}  # by Region.id
+        self.numbers: dict[int, int] = {}  # by Region.id
         self._starts: list[int] = []  # addresses of the regions, sorted
         self._regions: list[Region] = []  # in the same order
         self._idle: list[Region] = []  # of `borrow`
@@ -143,16 +143,12 @@ class Connection:
         region = Region.adopt(fd)
         start = address(region.view)[0]
         with self._lock:
-            self._numbers[region.id] = number
+            self.numbers[region.id] = number
             place = bisect_right(self._starts, start)
             self._starts.insert(place, start)
             self._regions.insert(place, region)
         region.watchers.add(self._closed)
         return region
-
-    def number_of(self, region: Region) -> int:
-        """What entries call a region of this connection. KeyError if it is not (any more)."""
-        return self._numbers[region.id]
 
     def borrow(self, size_bytes: int) -> Region:
         """Memory for a moment; see give_back. Its content is whatever was there."""
@@ -175,7 +171,7 @@ class Connection:
 
     def _closed(self, region_id: int) -> None:
         with self._lock:
-            number = self._numbers.pop(region_id, None)
+            number = self.numbers.pop(region_id, None)
             for place, region in enumerate(self._regions):
                 if region.id == region_id:
                     del self._regions[place], self._starts[place]
@@ -188,7 +184,7 @@ class Connection:
         if isinstance(memory, Region):
             memory = memory.slice(0, memory.size_bytes)
         if isinstance(memory, Slice):
-            return memory if memory.region.id in self._numbers else None
+            return memory if memory.region.id in self.numbers else None
         start, length, _ = address(memory)
         place = bisect_right(self._starts, start) - 1
         if place >= 0:
@@ -221,7 +217,7 @@ class Connection:
         """Disconnect: rings end, the daemon forgets files and memory. Regions stay mapped here."""
         for region in list(self._regions):
             region.watchers.discard(self._closed)
-        self._numbers.clear()
+        self.numbers.clear()
         self._regions.clear()
         self._starts.clear()
         self.socket.close()

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Self, TypeAlias
 
 from emberfs.client.native import layout
+from emberfs.client.native._entries import pack, settle
 from emberfs.client.native._ring import load, spin, store_then_load
 from emberfs.client.native.connection import Connection, Memory, RegisteredFile
 from emberfs.client.native.layout import COMPLETION, READ, SUBMISSION, WRAP, WRITE
@@ -81,7 +82,7 @@ class Ring:
         self._submitted = self._seen = 0  # our SQ_TAIL and CQ_HEAD
         self._batches: dict[int, Batch] = {}
         self._last_batch = 0
-        self._queue: deque[bytes] = deque()  # entries for which there was no room yet
+        self._queue: deque[bytes] = deque()  # runs of entries for which there was no room yet
         self._state = threading.Condition()
         self._reaping = False  # one thread waits for all
         self._usual_ns = SPIN_NS_MAX  # how long an answer takes
@@ -103,7 +104,6 @@ class Ring:
     def submit(self, operation: int, wanted: Sequence[Wanted]) -> Batch:
         """Begin reads or writes without waiting. Their memory is the daemon's until they end."""
         slices, staging = self._slices(operation, wanted)
-        pack, number_of = SUBMISSION.pack, self._connection.number_of
         with self._state:
             self._check()
             self._last_batch = (self._last_batch + 1) % WRAP
@@ -111,18 +111,15 @@ class Ring:
             batch.staging = staging
             if not wanted:
                 return batch
+            packed, refused = pack(
+                list(wanted), slices, self._connection.numbers, operation, batch.number << 32
+            )
+            for place in refused:
+                empty = wanted[place][1] >= 0 and not slices[place].length
+                batch.settle(place, 0 if empty else -errno.EINVAL)
             self._batches[batch.number] = batch
-            data = batch.number << 32
-            for place, ((file, offset, _), part) in enumerate(zip(wanted, slices, strict=True)):
-                region, start, length = part
-                if not 0 <= offset < 1 << 63 or not 0 < length <= layout.ENTRY_BYTES_MAX:
-                    batch.settle(place, -errno.EINVAL if length or offset < 0 else 0)
-                    continue
-                region_number = number_of(region)
-                self._queue.append(
-                    pack(data | place, operation, file.number, offset, region_number, length,
-                         start, 0)
-                )  # fmt: skip
+            if packed:
+                self._queue.append(packed)
             self._push()
             self._finish(batch)
         return batch
@@ -172,19 +169,31 @@ class Ring:
     def _push(self) -> None:
         """Submit what there is room for; ring the bell if the daemon sleeps."""
         room = self._entries - (self._submitted - self._seen) % WRAP
-        count = min(room, len(self._queue))
-        if not count:
+        began = self._submitted
+        while self._queue and room:
+            some = self._queue.popleft()
+            if layout.count_of(some) > room:
+                cut = room * SUBMISSION.size
+                self._queue.appendleft(some[cut:])
+                some = some[:cut]
+            self._put(some)
+            room -= layout.count_of(some)
+        if self._submitted == began:
             return
-        for first, some in layout.runs(self._submitted, count, self._entries):
-            at = layout.HEADER_BYTES + first * SUBMISSION.size
-            packed = b"".join([self._queue.popleft() for _ in range(some)])
-            self._view[at : at + len(packed)] = packed
-        self._submitted = (self._submitted + count) % WRAP
         if store_then_load(self._view, layout.SQ_TAIL, self._submitted, layout.SLEEPS):
             try:
                 self._bell.send(b"\1", socket.MSG_NOSIGNAL)
             except OSError:  # full: the daemon has not slept through that; or gone: waiting says so
                 pass
+
+    def _put(self, packed: bytes) -> None:
+        """Place entries, without telling of them."""
+        done = 0
+        for first, some in layout.runs(self._submitted, layout.count_of(packed), self._entries):
+            at, size = layout.HEADER_BYTES + first * SUBMISSION.size, some * SUBMISSION.size
+            self._view[at : at + size] = packed[done : done + size]
+            done += size
+        self._submitted = (self._submitted + layout.count_of(packed)) % WRAP
 
     def _reap(self) -> None:
         """Note what is complete, and submit what waited for room."""
@@ -195,10 +204,12 @@ class Ring:
         ended: set[Batch] = set()
         for first, some in layout.runs(self._seen, count, self._entries):
             at = self._first_completion + first * COMPLETION.size
-            part = self._view[at : at + some * COMPLETION.size]
-            for user_data, result in COMPLETION.iter_unpack(part):
-                batch = self._batches[user_data >> 32]
-                batch.settle(user_data & 0xFFFF_FFFF, result)
+            counts, failed = settle(self._view[at : at + some * COMPLETION.size], self._batches)
+            for number, place, result in failed:
+                self._batches[number].settle(place, result)
+            for number, noted in counts:
+                batch = self._batches[number]
+                batch.left -= noted
                 if not batch.left:
                     ended.add(batch)
         self._seen = tail

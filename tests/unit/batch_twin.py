@@ -1,4 +1,4 @@
-"""What client/native/_batch.c does, in Python: the oracle of its test."""
+"""What client/native/_batch.c and _entries.c do, in Python: the oracle of their tests."""
 
 import struct
 
@@ -111,3 +111,31 @@ def settle_twin(entries, places, results, filled):
             done.append(COMPLETION.pack(user_data, length))
     pack = struct.pack
     return b"".join(done), pack(f"<{len(shorts)}I", *shorts), pack(f"<{len(failed)}I", *failed)
+
+
+def pack_twin(wanted, parts, numbers, operation, user_data):
+    packed, refused = [], []
+    for place, ((file, offset, _), (region, start, length)) in enumerate(
+        zip(wanted, parts, strict=True)
+    ):
+        if 0 <= offset < 1 << 63 and 0 < length <= layout.ENTRY_BYTES_MAX:
+            entry = (operation, file.number, offset, numbers[region.id], length, start, 0)
+            packed.append(SUBMISSION.pack(user_data | place, *entry))
+        else:
+            refused.append(place)
+    return b"".join(packed), refused
+
+
+def settle_completions_twin(completions, batches):
+    counts, failed, last = [], [], None
+    for user_data, result in COMPLETION.iter_unpack(completions):
+        number, place = user_data >> 32, user_data & 0xFFFF_FFFF
+        if number != last:
+            counts.append([number, 0])
+            last = number
+        if result < 0:
+            failed.append((number, place, result))
+        else:
+            batches[number].results[place] = result
+            counts[-1][1] += 1
+    return [tuple(one) for one in counts], failed

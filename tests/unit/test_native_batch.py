@@ -1,15 +1,24 @@
 """Batches of entries in bulk: the compiled loops do what their Python twins do."""
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberfs.client.native import _batch, layout
-from emberfs.client.native.layout import SUBMISSION
+from emberfs.client.native import _batch, _entries, layout
+from emberfs.client.native.layout import COMPLETION, SUBMISSION
 from emberfs.proto.storage_calls import ReadResult, pack_read_results, unpack_read_ops
-from unit.batch_twin import FILE, REGION, plan_twin, settle_twin, survey_twin
+from unit.batch_twin import (
+    FILE,
+    REGION,
+    pack_twin,
+    plan_twin,
+    settle_completions_twin,
+    settle_twin,
+    survey_twin,
+)
 
 KiB = 1 << 10
 CHUNK = 64 * KiB
@@ -168,3 +177,71 @@ def test_arguments_of_nonsense():
             _batch.settle(entry, bytes(4 * places), bytes(16 * results), bytes(4 * filled))
     with pytest.raises(ValueError, match="as many"):
         _batch.settle(entry, struct.pack("<I", 1), bytes(16), b"")
+
+
+# ---------------------------------------------------------------- the application's end
+
+FILES_HERE = [SimpleNamespace(number=n) for n in (1, 2, 2**32 - 1)]
+REGIONS_HERE = [SimpleNamespace(id=n) for n in (5, 6)]
+NUMBERS_HERE = {5: 50, 6: 60}
+ANY_OFFSET = st.integers(0, 2**40) | st.integers(-(2**65), 2**65)
+ANY_LENGTH = st.sampled_from((4096, 4096, 1, 0, 1 << 30, (1 << 30) + 1, 1 << 40))
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(FILES_HERE),
+            ANY_OFFSET,
+            st.sampled_from(REGIONS_HERE),
+            st.integers(0, 2**40),
+            ANY_LENGTH,
+        ),
+        max_size=40,
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_entries_are_packed_as_the_twin_does(some, batch):
+    wanted = [(file, offset, None) for file, offset, *_ in some]
+    parts = [part for _, _, *part in some]
+    arguments = wanted, [tuple(part) for part in parts], NUMBERS_HERE, 1, batch << 32
+    assert _entries.pack(*arguments) == pack_twin(*arguments)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.builds(
+            COMPLETION.pack,
+            st.tuples(st.sampled_from((1, 1, 2)), st.integers(0, 9)).map(
+                lambda x: x[0] << 32 | x[1]
+            ),
+            st.integers(0, 2**40) | st.integers(-200, -1),
+        ),
+        max_size=40,
+    ).map(b"".join)
+)
+def test_completions_are_noted_as_the_twin_does(completions):
+    mine, twins = ({n: SimpleNamespace(results=[None] * 10) for n in (1, 2)} for _ in range(2))
+    found = _entries.settle(completions, mine)
+    assert found == settle_completions_twin(completions, twins)
+    assert [b.results for b in mine.values()] == [b.results for b in twins.values()]
+
+
+def test_what_cannot_be_an_entry_or_a_completion():
+    file, region = FILES_HERE[0], REGIONS_HERE[0]
+    with pytest.raises(TypeError, match="wanted for each"):
+        _entries.pack([[file, 0, None]], [(region, 0, 1)], NUMBERS_HERE, 0, 0)
+    with pytest.raises(TypeError):
+        _entries.pack([(file, "0", None)], [(region, 0, 1)], NUMBERS_HERE, 0, 0)
+    with pytest.raises(KeyError, match="5"):
+        _entries.pack([(file, 0, None)], [(region, 0, 1)], {}, 0, 0)
+    with pytest.raises(AttributeError):
+        _entries.pack([(None, 0, None)], [(region, 0, 1)], NUMBERS_HERE, 0, 0)
+    with pytest.raises(ValueError, match="one part"):
+        _entries.pack([], [(region, 0, 1)], NUMBERS_HERE, 0, 0)
+    with pytest.raises(KeyError):
+        _entries.settle(COMPLETION.pack(3 << 32, 0), {})
+    with pytest.raises(IndexError):
+        _entries.settle(COMPLETION.pack(3 << 32 | 5, 0), {3: SimpleNamespace(results=[None])})
