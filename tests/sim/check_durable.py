@@ -47,8 +47,9 @@ def flushed(ops: Iterable[Op], cut_ns: int, any_client: bool = True) -> list[Op]
 def after_cut(ops: Iterable[Op], cut_ns: int, any_client: bool = True) -> list[Op]:
     """Return the history as check_linear has to see it from a power cut on.
 
-    Reads before the cut are left out (check those alone); a change that no flush made certain may
-    have been undone: its outcome becomes unknown.
+    Reads before the cut are left out (check those alone); a change that was done before it and that
+    no flush made certain may have been undone: its outcome becomes unknown. What counts is when its
+    answer was sent: one that was on its way when the power failed arrives all the same.
     """
     history = list(ops)
     certain = set(flushed(history, cut_ns, any_client))
@@ -57,9 +58,13 @@ def after_cut(ops: Iterable[Op], cut_ns: int, any_client: bool = True) -> list[O
         if op.start_ns >= cut_ns:
             seen.append(op)
         elif op.kind in _CHANGES:
-            late = op.end_ns is None or op.end_ns >= cut_ns
-            seen.append(op if op in certain or late else replace(op, outcome="unknown"))
+            doubtful = op.ok and op not in certain and not _was_answered_since(op, cut_ns)
+            seen.append(replace(op, outcome="unknown") if doubtful else op)
     return seen
+
+
+def _was_answered_since(op: Op, cut_ns: int) -> bool:
+    return op.answered_ns is not None and op.answered_ns > cut_ns
 
 
 def _covers(flush: Op, op: Op, any_client: bool) -> bool:

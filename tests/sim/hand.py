@@ -10,7 +10,7 @@ from emberfs.proto.files import Layout
 from emberfs.proto.ids import CHUNK_BYTES_MIN, SECOND, ChainId, InodeId, NodeId, pack_chunk_id
 from emberfs.proto.storage_calls import UpdateKind
 from sim.cluster import World
-from sim.history import Op
+from sim.history import PERFORMED, Op
 from sim.machine import Machine
 from sim.stamps import stamp_fill
 from sim.workload import Place, Workload
@@ -102,7 +102,7 @@ class Hand:
     ) -> str:
         outcome, result = "ok", ""
         try:
-            await self._inside(call)
+            await self._inside(op, call)
         except EmberfsError as problem:
             outcome = "fail" if sink is not None else "unknown"
             result = problem.code.name
@@ -111,12 +111,13 @@ class Hand:
         self._load.history.end(op, self._world.loop.now_ns(), outcome, data, result=result)
         return outcome
 
-    async def _inside(self, call: Callable[[Any], Awaitable[T]]) -> T:
+    async def _inside(self, op: Op, call: Callable[[Any], Awaitable[T]]) -> T:
         """Run in the client's process."""
         process = self.machine.process
         assert process is not None
 
         async def work() -> T:
+            PERFORMED.set(op)
             return await call(self.machine.service.chunkio)
 
         return await process.context.run(self._world.loop.create_task, work())

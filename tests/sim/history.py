@@ -24,6 +24,7 @@ the order in which a single-threaded recorder saw the events is itself knowledge
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -53,6 +54,12 @@ class Op:
     stamp: int = 0  # number of a write, 0 otherwise
     result: str = ""  # what it saw: an error's name, a stat in words
     number: int = 0  # place in its history
+    answered_ns: int | None = None  # when the first answer to it was *sent*, where that is known
+
+    def heard(self, sent_ns: int) -> None:
+        """Note that an answer has come; it may have been on its way for long."""
+        if self.end_ns is None:
+            self.answered_ns = min(sent_ns, self.answered_ns or sent_ns)
 
     @property
     def ok(self) -> bool:
@@ -96,6 +103,10 @@ class Op:
         if self.result:
             words.append(f"-> {self.result}")
         return " ".join(words)
+
+
+# Whom the network tells when it delivers an answer to this task: see Op.heard.
+PERFORMED: ContextVar[Op | None] = ContextVar("PERFORMED", default=None)
 
 
 def show_key(key: Key) -> str:
@@ -147,6 +158,7 @@ class History:
     ) -> Op:
         """Record a call. A write shorter than 8 bytes must name its `stamp`.
 
+        The calling task performs it; another one that does sets PERFORMED itself.
         Raises ValueError if the payload of a write is not one stamp.
         """
         runs = runs_of(data, offset)
@@ -158,6 +170,7 @@ class History:
         op.number = len(self.ops)
         self.ops.append(op)
         self._stamp = max(self._stamp, stamp)
+        PERFORMED.set(op)
         self._emit(op)
         return op
 
@@ -243,6 +256,7 @@ def _to_plain(op: Op) -> dict[str, Any]:
         "stamp": op.stamp,
         "result": op.result,
         "number": op.number,
+        "answered": op.answered_ns,
     }
 
 
@@ -252,4 +266,5 @@ def _from_plain(plain: dict[str, Any]) -> Op:
     return Op(
         plain["client"], plain["kind"], key, plain["offset"], plain["length"], plain["start"],
         plain["end"], plain["outcome"], data, plain["stamp"], plain["result"], plain["number"],
+        plain["answered"],
     )  # fmt: skip

@@ -73,6 +73,25 @@ def power_cut_is_not_noticed(patch: Patch) -> None:
 
 
 @mutation("blackout", CUT)
+def lost_writes_are_remembered(patch: Patch) -> None:
+    """A power cut took a version's data; that its writer is done with it is still remembered."""
+
+    def make(original: Any) -> Any:
+        def take_back(self: Any, chunk: Any) -> None:
+            before = self._table.record(chunk)
+            original(self, chunk)
+            after = self._table.record(chunk)
+            if before is not None and after is not None:
+                after = chunks.msgspec.structs.replace(after, remembered=before.remembered)
+                self._table.store.write([(table.record_key(chunk), table.encode(after))])
+                self._table.forget(chunk)
+
+        return take_back
+
+    patch.wrap(Reopening, "_take_back", make)
+
+
+@mutation("blackout", CUT)
 def nothing_is_kept_for_undo(patch: Patch) -> None:
     """A commit drops what was committed before, though its own data is not stable yet."""
     patch.set(ChunkTable, "_keep", lambda self, chunk, before, changes: False)

@@ -27,6 +27,7 @@ from emberfs.fabric.region import Buffer, Slice, view_of
 from emberfs.fabric.sinks import SinkTable
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, US
+from sim.history import PERFORMED
 from sim.loop import PROCESS, Killed, Process, SimLoop
 from sim.tap import ROUTING, Message, Tap
 
@@ -261,6 +262,13 @@ class _Request(NamedTuple):
     timeout_ns: int
 
 
+class _Answer(NamedTuple):
+    body: bytes
+    filled: list[int]
+    contents: list[bytes]
+    sent_ns: int
+
+
 class SimPeer:
     """See fabric.call.Peer: a connection from one process to one server."""
 
@@ -284,7 +292,7 @@ class SimPeer:
         self._network = network
         self._env = env
         self._calls = 0
-        self._pending: dict[int, asyncio.Future[tuple[bytes, list[int], list[bytes]]]] = {}
+        self._pending: dict[int, asyncio.Future[_Answer]] = {}
         self._handling: dict[int, list[asyncio.Task[None]]] = {}  # at the server
         self._closed = False
 
@@ -321,7 +329,7 @@ class SimPeer:
         self._send(request)
         try:
             async with asyncio.timeout(timeout_ns / 1e9):
-                answer, filled, contents = await future
+                answer = await future
         except TimeoutError:
             self._cancel(request.number)
             raise EmberfsError(
@@ -332,9 +340,12 @@ class SimPeer:
             raise
         finally:
             self._pending.pop(request.number, None)
-        for view, content in zip(views, contents, strict=True):
+        for view, content in zip(views, answer.contents, strict=True):
             view[: len(content)] = content
-        return Reply(answer, filled)
+        operation = PERFORMED.get()
+        if operation is not None:
+            operation.heard(answer.sent_ns)
+        return Reply(answer.body, answer.filled)
 
     async def close(self) -> None:
         """End the connection."""
@@ -380,7 +391,7 @@ class SimPeer:
         call = SimCall(
             request.method, request.body, name, deadline_ns, request.sources, request.sizes
         )
-        answer: bytes | EmberfsError
+        answer: bytes | _Answer | EmberfsError
         try:
             async with asyncio.timeout(request.timeout_ns / 1e9):
                 answer = await self._perform(host, call)
@@ -392,8 +403,12 @@ class SimPeer:
         delay_ns = self._network.transit_ns(self.there, self.here)
         if delay_ns is not None:
             message = Message(self.there, self.here, request.method, True, body=request.body)
-            outcome = (request.number, answer, call.filled, contents)
-            self._network.send(message, delay_ns, self.owner, self._answered, *outcome)
+            if not isinstance(answer, EmberfsError):
+                now_ns = self._network.loop.now_ns()
+                answer = _Answer(answer, call.filled, contents, now_ns)
+            self._network.send(
+                message, delay_ns, self.owner, self._answered, request.number, answer
+            )
 
     def _die_perhaps(self) -> None:
         """At the worst moment: all is done, and nobody is told."""
@@ -423,16 +438,14 @@ class SimPeer:
 
     # ------------------------------------------------------------ and back
 
-    def _answered(
-        self, number: int, answer: bytes | EmberfsError, filled: list[int], contents: list[bytes]
-    ) -> None:
+    def _answered(self, number: int, answer: _Answer | EmberfsError) -> None:
         future = self._pending.get(number)
         if future is None or future.done():
             return
         if isinstance(answer, EmberfsError):
             future.set_exception(EmberfsError(answer.code, answer.message))
         else:
-            future.set_result((answer, filled, contents))
+            future.set_result(answer)
 
     # ------------------------------------------------------------ the end
 

@@ -69,6 +69,7 @@ DIRECTED: dict[str, str] = {
     "logged_data_goes_before_its_place_is_stable": "power_fails_when_logged_data_is_put_in_place",
     "long_writes_are_cut": "power_fails_after_a_flush",
     "lost_place_is_ignored": "a_head_wakes_up_outside_its_chain_with_a_write_in_hand",
+    "lost_writes_are_remembered": "a_write_is_tried_again_after_its_data_was_lost",
     "no_answer_counts_as_done": "a_write_is_lost_with_its_connection",
     "no_room_for_a_commit_is_a_refusal": "the_middle_has_no_room_to_commit",
     "nodes_do_not_fence_themselves": "a_replica_is_cut_off_with_a_client",

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from emberfs.proto.storage_calls import UPDATE
 from sim.disk import Fate
 from sim.hand import Hand
 from sim.scenario import BURIED_S, Scene
@@ -39,6 +40,21 @@ async def power_fails_before_the_data_and_after_the_rows(scene: Scene) -> None:
     place = await _flushed(scene, hand)
     assert await hand.write(place, 0, 8192) == "ok"
     await _cut(scene, ROWS_ONLY)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+
+
+@situation(errors=True)
+async def a_write_is_tried_again_after_its_data_was_lost(scene: Scene) -> None:
+    """It was done, and its writer has not heard of it: whoever is asked again must not say so."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    tap = scene.tap(UPDATE.number, scene.world.storage, [hand.machine], answers=True)
+    writing = asyncio.ensure_future(hand.write(place, 0, 8192))
+    await scene.until(lambda: bool(tap.held), 5)
+    tap.lose()
+    await _cut(scene, ROWS_ONLY)
+    assert await writing == "ok"
     for machine in scene.world.storage:
         assert await hand.read(place, at=machine) == "ok"
 

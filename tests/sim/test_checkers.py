@@ -95,6 +95,16 @@ def test_linearizability_after_a_cut_allows_what_was_not_flushed_to_be_gone() ->
     assert check_linear(after_cut([*ops, *back], 10)).violations
 
 
+def test_what_counts_after_a_cut_is_when_the_answer_was_sent() -> None:
+    before, amid = [op("write", 0, 1, 1), op("flush", 2, 3)], op("write", 5, 15, 2)
+    for sent_ns, counts in ((None, False), (9, False), (10, False), (11, True)):
+        amid.answered_ns = sent_ns
+        found = check_linear(after_cut([*before, amid, op("read", 20, 21, 1)], 10)).violations
+        assert bool(found) == counts, sent_ns
+        for there in (op("read", 12, 13, 2), op("read", 20, 21, 2)):
+            assert not check_linear(after_cut([*before, amid, there], 10)).violations
+
+
 # ---------------------------------------------------------------- versions
 
 

@@ -45,7 +45,10 @@ def test_runs_describe_any_payload_exactly() -> None:
 def _record(history: History) -> None:
     write = history.begin(1, "write", ("f", 7, b"\xff"), 8, 64, 100, stamp_fill(1, 8, 64))
     read = history.begin(2, "read", ("f", 7, b"\xff"), 0, 72, 100)
+    for sent_ns in (98, 97, 99):
+        write.heard(sent_ns)
     history.end(write, 100, "ok")
+    write.heard(5)
     history.end(read, 50, "ok", bytes(8) + stamp_fill(1, 8, 64))
     history.begin(1, "flush", ("f",), 0, 0, 200)
 
@@ -57,6 +60,7 @@ def test_events_are_ordered_where_the_clock_stands_still() -> None:
     times += [history.ops[0].end_ns or 0, history.ops[1].end_ns or 0]
     assert times == [100, 101, 102, 103]
     assert history.next_stamp() == 2
+    assert history.ops[0].answered_ns == 97, "the first, however late it came; none after the end"
 
 
 def test_files_keep_everything(tmp_path: Path) -> None:
@@ -66,6 +70,7 @@ def test_files_keep_everything(tmp_path: Path) -> None:
     again = load([tmp_path / "h"])
     assert again.digest() == history.digest()
     assert again.tail(2) == history.tail(2)
+    assert [op.answered_ns for op in again] == [97, None, None]
     again.ops[1].end_ns = 104
     assert again.digest() != history.digest()
 

@@ -7,7 +7,9 @@ import pytest
 
 from emberfs.proto.cluster import PublicState
 from emberfs.proto.ids import SECOND
+from emberfs.proto.storage_calls import UPDATE
 from sim.cluster import Shape
+from sim.disk import Fate
 from sim.scenario import Scene, play
 
 ROLES = ("head", "middle", "tail")
@@ -283,6 +285,33 @@ def test_r12_a_power_cut_of_all_keeps_what_was_flushed() -> None:
             await scene.all_serve()
             await others
             assert set(scene.contents(place).values()) == before
+
+    play(script, load=False, errors=True)
+
+
+def test_r12_an_answer_on_its_way_when_the_power_fails_is_no_promise() -> None:
+    """A write that was not flushed may be lost, also if its writer hears of it after the cut."""
+
+    async def script(scene: Scene) -> None:
+        hand = scene.hand()
+        place = hand.place()
+        assert await hand.write(place, 0, 8192) == "ok"
+        assert await hand.flush(place) == "ok"
+        await scene.after_a_flush(hand)
+        before = set(scene.contents(place).values())
+        tap = scene.tap(UPDATE.number, scene.world.storage, [hand.machine], answers=True)
+        writing = asyncio.ensure_future(hand.write(place, 0, 8192))
+        await scene.until(lambda: bool(tap.held), 5)
+        await scene.blackout(Fate(data=False, rows=False))
+        tap.release()
+        assert await writing == "ok"
+        assert not any(machine.running for machine in scene.world.storage)
+        scene.power_on(*scene.world.storage)
+        await asyncio.sleep(3)  # until it is known who came back
+        await scene.all_serve()
+        assert set(scene.contents(place).values()) == before
+        for machine in scene.world.storage:
+            assert await hand.read(place, at=machine) == "ok"
 
     play(script, load=False, errors=True)
 
