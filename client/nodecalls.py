@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from emberfs.fabric.call import Peer, Reply
+from emberfs.fabric.call import Peer, Reply, Started
 from emberfs.fabric.region import Buffer
 from emberfs.fabric.sinks import PackedSinks
 from emberfs.proto.cluster import RoutingSnapshot
@@ -137,7 +137,7 @@ class NodeCalls:
         if started is None:
             return None
         self._count += 1
-        abort = partial(started.give_up, _died(node))
+        abort = partial(_give_up, started, node)
         self._pending[self._count] = _Pending(node, record.incarnation, abort, None)
         self.in_flight[node] = self.in_flight.get(node, 0) + 1
         return StartedCall(self._count, node, *started)
@@ -150,6 +150,10 @@ class NodeCalls:
 
 def _end_now(scope: asyncio.Timeout) -> None:
     scope.reschedule(asyncio.get_running_loop().time())
+
+
+def _give_up(call: Started, node: NodeId) -> None:
+    call.give_up(_died(node))
 
 
 def _died(node: NodeId) -> EmberfsError:

@@ -11,7 +11,9 @@
 
 #define PACKED struct __attribute__((packed))
 
-enum { READ = 0, LENGTH_MAX = 1 << 30, LEAN = 8, OPERATIONS_MAX = 256, NOT_READ = 0, TAKEN = 2 };
+enum { READ = 0, LENGTH_MAX = 1 << 30, LEAN = 8, OPERATIONS_MAX = 256, WIDTH_MAX = 16 };
+enum { NOT_READ = 0, PLANNED, GATHERED, TAKEN };        /* states of a plan */
+enum { SMALL_BYTES = 16 << 10, CROWD = 32 };            /* see gather_small */
 #define OFFSET_MAX ((uint64_t)1 << 63)
 
 PACKED entry { /* layout.py, SUBMISSION */
@@ -124,8 +126,9 @@ static PyObject *survey(PyObject *self, PyObject *args) {
 struct plan {
     struct operation operation;
     struct descriptor sink;
-    uint32_t node, region;
-    char state; /* NOT_READ, planned (1), TAKEN into a call */
+    uint32_t node, region, count;
+    const char *replicas; /* that serve its chain: so many */
+    char state;
 };
 
 struct planner {
@@ -141,16 +144,20 @@ struct planner {
 };
 
 /* The replica whose turn it is, unless another is much less busy (chunkread.py, _choose). */
-static int choose(const struct planner *planner, const struct replica *replicas, uint32_t count, uint32_t spread) {
+static uint32_t choose(const struct planner *planner, const struct replica *replicas, uint32_t count, uint32_t spread) {
     uint32_t first = spread % count, best = first;
-    for (uint32_t i = 0; i < count; i++)
-        if (replicas[i].node >= (uint64_t)planner->nodes) return -1;
     uint32_t cost = planner->costs[replicas[first].node];
     for (uint32_t step = 1; cost > LEAN && step < count; step++) {
         uint32_t other = (first + step) % count, its = planner->costs[replicas[other].node];
         if ((uint64_t)its + LEAN < planner->costs[replicas[best].node]) best = other;
     }
-    return (int)best;
+    return best;
+}
+
+static void ask(struct plan *plan, const struct replica *replica) {
+    plan->operation.target = replica->target;
+    plan->operation.version = replica->version;
+    plan->node = replica->node;
 }
 
 static int use_file(struct planner *planner, uint32_t number) {
@@ -185,17 +192,18 @@ static int plan_one(struct planner *planner, const struct entry *entry, struct p
     if (stop > file->end || within + entry->length > file->chunk_bytes || index > UINT32_MAX) return 0;
     if (table.chains == 0 || sizeof table + table.chains * stride > (size_t)planner->table_bytes) return 0;
     const char *chain = planner->table + sizeof table + index % table.chains * stride;
-    struct replica replicas[16];
+    struct replica replicas[WIDTH_MAX];
     uint32_t count;
     memcpy(&count, chain, sizeof count);
-    if (count == 0 || count > table.width || count > 16) return 0;
-    memcpy(replicas, chain + sizeof count, count * sizeof(struct replica));
+    if (count == 0 || count > table.width || count > WIDTH_MAX) return 0;
+    plan->replicas = chain + sizeof count;
+    plan->count = count;
+    memcpy(replicas, plan->replicas, count * sizeof *replicas);
+    for (uint32_t i = 0; i < count; i++)
+        if (replicas[i].node >= (uint64_t)planner->nodes) return 0;
     uint32_t spread = (uint32_t)((file->inode * 2654435761u + index) & 0x7FFFFFFF);
-    int best = choose(planner, replicas, count, spread);
-    if (best < 0) return 0;
+    ask(plan, &replicas[choose(planner, replicas, count, spread)]);
     uint64_t chunks = file->chunks;
-    plan->operation.target = replicas[best].target;
-    plan->operation.version = replicas[best].version;
     plan->operation.chunk[0] = __builtin_bswap32((uint32_t)(chunks >> 32)); /* big-endian, proto/ids.py */
     plan->operation.chunk[1] = __builtin_bswap32((uint32_t)chunks);
     plan->operation.chunk[2] = __builtin_bswap32((uint32_t)index);
@@ -204,9 +212,69 @@ static int plan_one(struct planner *planner, const struct entry *entry, struct p
     plan->sink.region = planner->region.id;
     plan->sink.offset = entry->start;
     plan->sink.bytes = entry->length;
-    plan->node = replicas[best].node;
     plan->region = entry->region;
     return 1;
+}
+
+/* The replica of a plan that is at a node; 0 if none is. */
+static int replica_at(const struct plan *plan, uint32_t node, struct replica *replica) {
+    for (uint32_t i = 0; i < plan->count; i++) {
+        memcpy(replica, plan->replicas + i * sizeof *replica, sizeof *replica);
+        if (replica->node == node) return 1;
+    }
+    return 0;
+}
+
+/* The node that serves most of what is PLANNED and small, from `turn` on; -1 if none does. */
+static int64_t most_useful(const struct planner *planner, const struct plan *plans, Py_ssize_t count, uint32_t turn, uint32_t busy) {
+    Py_ssize_t most = 0;
+    int64_t best = -1;
+    struct replica replica;
+    for (Py_ssize_t i = 0; i < planner->nodes; i++) {
+        uint32_t node = (uint32_t)((turn + (uint64_t)i) % (uint64_t)planner->nodes);
+        Py_ssize_t serves = 0;
+        if (planner->costs[node] > busy) continue;
+        for (Py_ssize_t j = 0; j < count; j++)
+            serves += plans[j].state == PLANNED && plans[j].sink.bytes <= SMALL_BYTES && replica_at(&plans[j], node, &replica);
+        if (serves > most) {
+            most = serves;
+            best = node;
+        }
+    }
+    return best;
+}
+
+/* How many nodes the small reads are for, and how many these are. */
+static Py_ssize_t spread_of(const struct planner *planner, const struct plan *plans, Py_ssize_t count, Py_ssize_t *small) {
+    Py_ssize_t nodes = 0;
+    *small = 0;
+    for (Py_ssize_t node = 0; node < planner->nodes; node++) {
+        Py_ssize_t here = 0;
+        for (Py_ssize_t i = 0; i < count; i++)
+            here += plans[i].state == PLANNED && plans[i].sink.bytes <= SMALL_BYTES && plans[i].node == node;
+        nodes += here > 0;
+        *small += here;
+    }
+    return nodes;
+}
+
+/* A call costs as much as dozens of small reads: a batch of few is not spread over many nodes, but
+ * over the fewest that serve it. The batches take turns. */
+static void gather_small(const struct planner *planner, struct plan *plans, Py_ssize_t count, uint32_t turn) {
+    Py_ssize_t small, nodes = spread_of(planner, plans, count, &small);
+    if (nodes < 2 || small >= CROWD * nodes) return;
+    uint32_t busy = UINT32_MAX;
+    for (Py_ssize_t i = 0; i < planner->nodes; i++)
+        if (planner->costs[i] < busy) busy = planner->costs[i];
+    busy = busy > UINT32_MAX - LEAN ? UINT32_MAX : busy + LEAN;
+    for (int64_t node; (node = most_useful(planner, plans, count, turn, busy)) >= 0;)
+        for (Py_ssize_t i = 0; i < count; i++) {
+            struct replica replica;
+            if (plans[i].state != PLANNED || plans[i].sink.bytes > SMALL_BYTES) continue;
+            if (!replica_at(&plans[i], (uint32_t)node, &replica)) continue;
+            ask(&plans[i], &replica);
+            plans[i].state = GATHERED;
+        }
 }
 
 /* The regions, by number, of `count` plans, each once. */
@@ -246,11 +314,11 @@ static PyObject *call_of(const struct plan *plans, const uint32_t *places, Py_ss
 /* Everything that is planned, by node, in calls that are not too large. */
 static int group(struct plan *plans, Py_ssize_t count, uint64_t bytes_max, uint32_t *places, PyObject *calls) {
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (plans[i].state != 1) continue;
+        if (plans[i].state == NOT_READ || plans[i].state == TAKEN) continue;
         Py_ssize_t some = 0;
         uint64_t bytes = 0;
         for (Py_ssize_t j = i; j < count && some < OPERATIONS_MAX; j++) {
-            if (plans[j].state != 1 || plans[j].node != plans[i].node) continue;
+            if (plans[j].state == NOT_READ || plans[j].state == TAKEN || plans[j].node != plans[i].node) continue;
             if (some > 0 && bytes + plans[j].sink.bytes > bytes_max) break;
             bytes += plans[j].sink.bytes;
             plans[j].state = TAKEN;
@@ -274,7 +342,7 @@ static int plan_all(struct planner *planner, const char *entries, const char *st
         int known = use_file(planner, entry.file);
         if (known > 0) known = use_region(planner, entry.region);
         if (known < 0) return -1;
-        plans[i].state = (char)(known && plan_one(planner, &entry, &plans[i]));
+        plans[i].state = known && plan_one(planner, &entry, &plans[i]) ? PLANNED : NOT_READ;
     }
     return 0;
 }
@@ -283,9 +351,10 @@ static PyObject *plan(PyObject *self, PyObject *args) {
     Py_buffer entries, states, costs;
     struct planner planner = {0};
     unsigned long long bytes_max;
+    unsigned int turn;
     PyObject *calls = NULL, *answer = NULL;
-    if (!PyArg_ParseTuple(args, "y*y*O!O!y*K", &entries, &states, &PyDict_Type, &planner.regions, &PyDict_Type,
-                          &planner.files, &costs, &bytes_max))
+    if (!PyArg_ParseTuple(args, "y*y*O!O!y*KI", &entries, &states, &PyDict_Type, &planner.regions, &PyDict_Type,
+                          &planner.files, &costs, &bytes_max, &turn))
         return NULL;
     Py_ssize_t count = states.len, left = 0;
     planner.costs = costs.buf;
@@ -296,8 +365,11 @@ static PyObject *plan(PyObject *self, PyObject *args) {
         PyErr_NoMemory();
     else if (entries.len != count * (Py_ssize_t)sizeof(struct entry))
         PyErr_SetString(PyExc_ValueError, "one state for each entry");
-    else if ((calls = PyList_New(0)) != NULL && plan_all(&planner, entries.buf, states.buf, plans, count) == 0 &&
-             group(plans, count, bytes_max, places, calls) == 0) {
+    else if ((calls = PyList_New(0)) != NULL && plan_all(&planner, entries.buf, states.buf, plans, count) == 0) {
+        gather_small(&planner, plans, count, turn);
+        if (group(plans, count, bytes_max, places, calls) < 0) Py_CLEAR(calls);
+    }
+    if (calls != NULL && !PyErr_Occurred()) {
         for (Py_ssize_t i = 0; i < count; i++)
             if (plans[i].state == NOT_READ) places[left++] = (uint32_t)i;
         answer = Py_BuildValue("Oy#", calls, (const char *)places, left * (Py_ssize_t)sizeof *places);

@@ -12,6 +12,7 @@ def plan(
     files: Mapping[int, tuple[bytes, bytes]],
     costs: Buffer,
     bytes_max: int,
+    turn: int,
     /,
 ) -> tuple[list[tuple[int, bytes, bytes, bytes, int, list[int]]], bytes]: ...
 def settle(

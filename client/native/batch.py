@@ -46,15 +46,17 @@ class BulkReads:
 
     def __init__(self, packed: PackedReader) -> None:
         self._packed = packed
+        self._turn = 0  # which node is asked first, of those that serve as much
 
     async def read(self, entries: bytes, holdings: Holdings, tell: Tell) -> list[int]:
         """Read what is plain, tell of it as it comes; return the places of what is left."""
         facts = holdings.region_facts
+        self._turn = (self._turn + 1) & 0xFFFF_FFFF
         states, spans = _batch.survey(entries, facts)
         files, opened, holds = self._files(spans, holdings)
         try:
             calls, others = _batch.plan(
-                entries, states, facts, files, self._packed.costs(), BYTES_MAX
+                entries, states, facts, files, self._packed.costs(), BYTES_MAX, self._turn
             )
             batch = _Batch(entries, holdings, opened, tell, memoryview(others).cast("I").tolist())
             await batch.perform([_Call(*call) for call in calls], self._packed)

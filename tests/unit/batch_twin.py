@@ -11,6 +11,7 @@ from emberfs.proto.storage_calls import ReadOp, pack_read_ops, unpack_read_resul
 REGION = struct.Struct("<IQ")
 FILE = struct.Struct("<QQQQ")
 LEAN, OPERATIONS_MAX = 8, 256
+SMALL_BYTES, CROWD = 16 << 10, 32
 
 
 def survey_twin(entries, regions):
@@ -46,7 +47,7 @@ def choose(replicas, spread, costs):
     return best
 
 
-def plan_twin(entries, states, regions, files, costs, bytes_max):
+def plan_twin(entries, states, regions, files, costs, bytes_max, turn):
     planned, left = [], []
     numbers = memoryview(costs).cast("I")
     for place, (entry, state) in enumerate(
@@ -63,12 +64,41 @@ def plan_twin(entries, states, regions, files, costs, bytes_max):
             left.append(place)
             continue
         spread = (inode * 2654435761 + index) & 0x7FFF_FFFF
-        target, version, node = choose(replicas, spread, numbers)
-        chunk = pack_chunk_id(InodeId(chunks), index)
-        operation = ReadOp(TargetId(target), ChainVersion(version), chunk, within, length)
         sink = (REGION.unpack(regions[region])[0], start, length)
-        planned.append((place, node, operation, sink, region))
+        chunk = pack_chunk_id(InodeId(chunks), index)
+        who = choose(replicas, spread, numbers)
+        planned.append([place, who, (chunk, within, length), sink, region, replicas])
+    gather_small(planned, numbers, turn)
+    planned = [
+        (
+            place,
+            node,
+            ReadOp(TargetId(target), ChainVersion(version), *what),
+            sink,
+            region,
+        )
+        for place, (target, version, node), what, sink, region, _ in planned
+    ]
     return calls_of(planned, bytes_max), struct.pack(f"<{len(left)}I", *left)
+
+
+def gather_small(planned, costs, turn):
+    """Small reads that would be few for each node go to the fewest that serve them."""
+    small = [one for one in planned if one[2][2] <= SMALL_BYTES]
+    nodes = {one[1][2] for one in small}
+    if len(nodes) < 2 or len(small) >= CROWD * len(nodes):
+        return
+    count = len(costs)
+    order = [(turn + i) % count for i in range(count)]
+    order = [node for node in order if costs[node] <= min(costs) + LEAN]
+    while small:
+        served = {node: [o for o in small if any(r[2] == node for r in o[5])] for node in order}
+        best = max(order, key=lambda node: len(served[node]), default=None)
+        if best is None or not served[best]:
+            return
+        for one in served[best]:
+            one[1] = next(replica for replica in one[5] if replica[2] == best)
+        small = [one for one in small if one not in served[best]]
 
 
 def calls_of(planned, bytes_max):

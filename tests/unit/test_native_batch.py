@@ -75,12 +75,17 @@ def test_any_batch_is_surveyed_as_the_twin_does(entries):
 
 
 @settings(max_examples=400)
-@given(ENTRIES, st.lists(st.sampled_from((0, 3, 9, 20, 40, 2**32 - 1)), min_size=4, max_size=4))
-def test_any_batch_is_planned_as_the_twin_does(entries, costs):
+@given(
+    ENTRIES,
+    st.lists(st.sampled_from((0, 3, 9, 20, 40, 2**32 - 1)), min_size=4, max_size=4),
+    st.sampled_from((0, 1, 2, 3, 2**32 - 1)),
+)
+def test_any_batch_is_planned_as_the_twin_does(entries, costs, turn):
     states, _ = survey_twin(entries, REGIONS)
     packed = struct.pack("<4I", *costs)
-    found = _batch.plan(entries, states, REGIONS, FILES, packed, BYTES_MAX)
-    assert found == plan_twin(entries, states, REGIONS, FILES, packed, BYTES_MAX)
+    arguments = entries, states, REGIONS, FILES, packed, BYTES_MAX, turn
+    found = _batch.plan(*arguments)
+    assert found == plan_twin(*arguments)
     placed = [p for call in found[0] for p in memoryview(call[3]).cast("I")]
     left = memoryview(found[1]).cast("I").tolist()
     assert sorted(placed + left) == list(range(len(states)))
@@ -126,7 +131,7 @@ def test_a_batch_becomes_one_call_for_each_node():
     states, spans = _batch.survey(entries, REGIONS)
     assert states == bytes([1] * 7)
     assert spans == [(4, 0, 4096), (1, CHUNK - 1, 10 * CHUNK + 18)]
-    calls, left = _batch.plan(entries, states, REGIONS, FILES, COSTS, BYTES_MAX)
+    calls, left = _batch.plan(entries, states, REGIONS, FILES, COSTS, BYTES_MAX, 0)
     assert memoryview(left).cast("I").tolist() == [2, 4, 5, 6]
     assert [(call[0], memoryview(call[3]).cast("I").tolist(), call[4:]) for call in calls] == [
         (3, [0], (4096, [3])),
@@ -137,13 +142,40 @@ def test_a_batch_becomes_one_call_for_each_node():
     assert operations[1].chunk == struct.pack(">QI", 1000, 7)
 
 
+EVERYWHERE = {
+    1: (
+        FILE.pack(1000, 1000, CHUNK, 1 << 40),
+        table(*([(100 * n + c, 1, (n + c) % 3) for n in range(3)] for c in range(3))),
+    )
+}
+
+
+def test_few_small_reads_are_not_spread_over_many_nodes():
+    def nodes(count, costs=(0, 0, 0), turn=0, length=4096):
+        entries = b"".join(read(i, 1, CHUNK * i, length) for i in range(count))
+        packed = struct.pack("<3I", *costs)
+        arguments = entries, bytes([1] * count), REGIONS, EVERYWHERE, packed, BYTES_MAX, turn
+        calls, left = _batch.plan(*arguments)
+        assert (calls, left) == plan_twin(*arguments)
+        return sorted({call[0] for call in calls})
+
+    assert [nodes(20, turn=turn) for turn in range(4)] == [[0], [1], [2], [0]]
+    assert nodes(95) == [0]
+    assert nodes(96) == [0, 1, 2]
+    assert nodes(20, length=16 << 10) == [0]
+    assert set(nodes(20, length=(16 << 10) + 1)) == {0, 1, 2}
+    assert nodes(20, costs=(9, 3, 0)) == [1]  # who is busy is left alone
+    assert nodes(20, costs=(8, 0, 0)) == [0]
+    assert nodes(1, costs=(8, 8, 8)) in ([0], [1], [2])
+
+
 def test_calls_are_bounded():
     entries = b"".join(read(i, 4, 4096 * (i % 200)) for i in range(600))
-    calls, left = _batch.plan(entries, bytes([1] * 600), REGIONS, FILES, COSTS, 1 << 40)
+    calls, left = _batch.plan(entries, bytes([1] * 600), REGIONS, FILES, COSTS, 1 << 40, 0)
     assert [len(call[3]) // 4 for call in calls] == [256, 256, 88]
-    calls, left = _batch.plan(entries, bytes([1] * 600), REGIONS, FILES, COSTS, 8192)
+    calls, left = _batch.plan(entries, bytes([1] * 600), REGIONS, FILES, COSTS, 8192, 0)
     assert {len(call[3]) // 4 for call in calls} == {2}
-    calls, left = _batch.plan(entries, bytes([1] * 600), REGIONS, FILES, COSTS, 1)
+    calls, left = _batch.plan(entries, bytes([1] * 600), REGIONS, FILES, COSTS, 1, 0)
     assert len(calls) == 600
     assert left == b""
 
@@ -159,7 +191,7 @@ def test_calls_are_bounded():
     ],
 )
 def test_tables_of_nonsense_plan_nothing(files):
-    calls, left = _batch.plan(read(1, 1, 0), b"\1", REGIONS, files, COSTS, BYTES_MAX)
+    calls, left = _batch.plan(read(1, 1, 0), b"\1", REGIONS, files, COSTS, BYTES_MAX, 0)
     assert calls == []
     assert left == bytes(4)
 
@@ -169,9 +201,9 @@ def test_arguments_of_nonsense():
     with pytest.raises(ValueError, match="too short"):
         _batch.survey(entry, {3: b"short"})
     with pytest.raises(ValueError, match="too short"):
-        _batch.plan(entry, b"\1", REGIONS, {1: (b"", TABLE)}, COSTS, 1)
+        _batch.plan(entry, b"\1", REGIONS, {1: (b"", TABLE)}, COSTS, 1, 0)
     with pytest.raises(ValueError, match="one state"):
-        _batch.plan(entry, b"\1\1", REGIONS, FILES, COSTS, 1)
+        _batch.plan(entry, b"\1\1", REGIONS, FILES, COSTS, 1, 0)
     for places, results, filled in ((1, 0, 0), (1, 1, 2), (0, 1, 0)):
         with pytest.raises(ValueError, match="as many"):
             _batch.settle(entry, bytes(4 * places), bytes(16 * results), bytes(4 * filled))
