@@ -7,6 +7,7 @@ description that was open when it happened. Order of locks: appending, a range, 
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ END_RETRY_NS = 1 * SECOND  # between tries to end a session whose close has fail
 END_RETRY_MAX_NS = 30 * SECOND
 
 _EMPTY = memoryview(b"")
+_NUMBERS = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class OpenFile:
         writable: bool,
         direct: bool,
     ) -> None:
+        self.number = next(_NUMBERS)  # among the open files of this process
         self.inode_id: InodeId = state.id
         self.session = session
         self.caller = caller  # who opened it

@@ -49,6 +49,7 @@ class PackedReader:
         self._nodes: list[NodeId] = []
         self._numbers: dict[NodeId, int] = {}
         self._tables: dict[tuple[ChainId, ...], bytes] = {}
+        self._turn = 0
         self._tables_of = -1  # the version of the routing that they are of
 
     def table(self, layout: Layout) -> bytes:
@@ -80,6 +81,11 @@ class PackedReader:
             number = self._numbers[node] = len(self._nodes)
             self._nodes.append(node)
         return number
+
+    def next_turn(self) -> int:
+        """Which node is asked first by a batch, of those that serve as much of it."""
+        self._turn = (self._turn + 1) & 0xFFFF_FFFF
+        return self._turn
 
     def costs(self) -> bytes:
         """How busy each node is, by its number (packed u32)."""

@@ -1,8 +1,8 @@
-"""The common read of a ring, of which there are hundreds in a batch: in bulk, not one by one.
+"""The common read, of which there are hundreds in a batch: in bulk, not one by one.
 
-Compiled code (_batch.c) tells the sound reads, plans one packed call per storage service for those
-that storage alone can answer, and makes completions of the answers. Every other entry, and what
-fails, is left to the performer, who looks at them one by one.
+Reads come as submission entries (layout.py). Compiled code (_batch.c) tells the sound ones, plans
+one packed call per storage service for those that storage alone can answer, and makes completions
+of the answers. Every other entry, and what fails, is left to who looks at them one by one.
 """
 
 import asyncio
@@ -10,11 +10,10 @@ import struct
 from array import array
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from emberfs.client.chunkread import clear
 from emberfs.client.native import _batch
-from emberfs.client.native.holdings import Holdings
 from emberfs.client.native.layout import COMPLETION, SUBMISSION
 from emberfs.client.openfile import OpenFile
 from emberfs.client.packedread import BYTES_MAX, PackedReader
@@ -22,12 +21,25 @@ from emberfs.client.rangelock import Hold
 from emberfs.fabric.call import Reply
 from emberfs.fabric.region import Region
 from emberfs.fabric.sinks import PackedSinks
-from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import chunks_of
 
 Tell: TypeAlias = Callable[[bytes], None]  # packed completions
 
 _FILE = struct.Struct("<QQQQ")  # inode, what names its chunks, bytes of a chunk, where it ends
+
+
+class Owner(Protocol):
+    """Who has named the files and the memory of a batch's entries by numbers."""
+
+    region_facts: dict[int, bytes]  # by number: id among all regions of this process, and size
+
+    def region(self, number: int) -> Region | None:
+        """Look memory up."""
+        ...
+
+    def readable(self, number: int) -> OpenFile | None:
+        """An open file that may be read by this owner."""
+        ...
 
 
 class _Call(NamedTuple):
@@ -46,19 +58,23 @@ class BulkReads:
 
     def __init__(self, packed: PackedReader) -> None:
         self._packed = packed
-        self._turn = 0  # which node is asked first, of those that serve as much
 
-    async def read(self, entries: bytes, holdings: Holdings, tell: Tell) -> list[int]:
+    async def read(self, entries: bytes, owner: Owner, tell: Tell) -> list[int]:
         """Read what is plain, tell of it as it comes; return the places of what is left."""
-        facts = holdings.region_facts
-        self._turn = (self._turn + 1) & 0xFFFF_FFFF
+        facts = owner.region_facts
         states, spans = _batch.survey(entries, facts)
-        files, opened, holds = self._files(spans, holdings)
+        files, opened, holds = self._files(spans, owner)
         try:
             calls, others = _batch.plan(
-                entries, states, facts, files, self._packed.costs(), BYTES_MAX, self._turn
+                entries,
+                states,
+                facts,
+                files,
+                self._packed.costs(),
+                BYTES_MAX,
+                self._packed.next_turn(),
             )
-            batch = _Batch(entries, holdings, opened, tell, memoryview(others).cast("I").tolist())
+            batch = _Batch(entries, owner, opened, tell, memoryview(others).cast("I").tolist())
             await batch.perform([_Call(*call) for call in calls], self._packed)
         finally:
             for file, hold in holds:
@@ -66,14 +82,16 @@ class BulkReads:
         return batch.left
 
     def _files(
-        self, spans: list[tuple[int, int, int]], holdings: Holdings
+        self, spans: list[tuple[int, int, int]], owner: Owner
     ) -> tuple[dict[int, tuple[bytes, bytes]], list[OpenFile], list[tuple[OpenFile, Hold]]]:
         """The files that can be read plainly, held where no writer is in the way."""
         files: dict[int, tuple[bytes, bytes]] = {}
         holds: list[tuple[OpenFile, Hold]] = []
         for number, start, stop in spans:
-            file = _readable(holdings, number)
-            if file is None or (hold := file.state.lock.try_hold(start, stop)) is None:
+            file = owner.readable(number)
+            if file is None or not file.reads_plainly():
+                continue
+            if (hold := file.state.lock.try_hold(start, stop)) is None:
                 continue
             holds.append((file, hold))
             inode, where = file.inode_id, file.state.layout
@@ -88,14 +106,14 @@ class _Batch:
     def __init__(
         self,
         entries: bytes,
-        holdings: Holdings,
+        owner: Owner,
         opened: list[OpenFile],
         tell: Tell,
         left: list[int],
     ) -> None:
         self.left = left
         self._entries = entries
-        self._holdings = holdings
+        self._owner = owner
         self._opened = opened
         self._tell = tell
         self._running = 0
@@ -105,7 +123,7 @@ class _Batch:
         """Return when all calls have ended and nothing touches their memory any more."""
         begun = []
         for call in calls:
-            regions = [r for n in call.regions if (r := self._holdings.region(n)) is not None]
+            regions = [r for n in call.regions if (r := self._owner.region(n)) is not None]
             if len(regions) != len(call.regions):
                 self.left += memoryview(call.places).cast("I")
                 continue
@@ -146,30 +164,19 @@ class _Batch:
             return
         if shorts:
             ends = memoryview(shorts).cast("I").tolist()
-            done += _ended_early(self._entries, ends, self._holdings)
+            done += _ended_early(self._entries, ends, self._owner)
         if done:
             self._tell(done)
         self.left += memoryview(failed).cast("I")
 
 
-def _readable(holdings: Holdings, number: int) -> OpenFile | None:
-    held = holdings.file(number)
-    if held is None or not held.read:
-        return None
-    try:
-        file = holdings.opened(held)
-    except EmberfsError:
-        return None
-    return file if file.reads_plainly() else None
-
-
-def _ended_early(entries: bytes, shorts: list[int], holdings: Holdings) -> bytes:
+def _ended_early(entries: bytes, shorts: list[int], owner: Owner) -> bytes:
     """Complete what ends before its sink does: the rest are zeros, of a hole."""
     done = []
     for place, count in zip(shorts[::2], shorts[1::2], strict=True):
         entry = SUBMISSION.unpack_from(entries, place * SUBMISSION.size)
         user_data, _, _, _, number, length, start, _ = entry
-        region: Region | None = holdings.region(number)
+        region: Region | None = owner.region(number)
         if region is not None:
             clear(region.view[start + count : start + length])
         done.append(COMPLETION.pack(user_data, length))

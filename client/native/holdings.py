@@ -8,11 +8,11 @@ descriptor in /proc (proc_pid_fdinfo(5)) and never holds one: see messages.py.
 import errno
 import os
 import stat
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from emberfs.client.native._ring import identify
+from emberfs.client.native.layout import region_facts
 from emberfs.client.openfile import OpenFile, OpenFiles
 from emberfs.fabric.region import Region
 from emberfs.proto.errors import Code, EmberfsError
@@ -22,7 +22,6 @@ REGIONS_MAX = 256
 REGION_BYTES_MAX = 256 * GiB  # of all of one application
 FILES_MAX = 65536
 _O_PATH = 0o10000000
-_FACTS = struct.Struct("<IQ")
 
 
 @dataclass(slots=True)
@@ -44,8 +43,7 @@ class Holdings:
         self._device = device
         self._process = process
         self._regions: dict[int, Region] = {}
-        # For compiled code: the id of each region among all of this process, its size.
-        self.region_facts: dict[int, bytes] = {}
+        self.region_facts: dict[int, bytes] = {}  # see batch.Owner
         self._files: dict[int, HeldFile] = {}
         self._region_bytes = 0
         self._last = 0
@@ -68,7 +66,7 @@ class Holdings:
             raise EmberfsError(Code.NO_SPACE, f"no memory for a region: {problem}") from None
         number = self._number()
         self._regions[number] = region
-        self.region_facts[number] = _FACTS.pack(region.id, region.size_bytes)
+        self.region_facts[number] = region_facts(region)
         self._region_bytes += region.size_bytes
         return number, region
 
@@ -144,6 +142,16 @@ class Holdings:
         if file is None:
             raise EmberfsError(Code.BAD_HANDLE, "the file is not open in this mount")
         return file
+
+    def readable(self, number: int) -> OpenFile | None:
+        """An open description that entries of this number may read."""
+        held = self._files.get(number)
+        if held is None or not held.read:
+            return None
+        try:
+            return self.opened(held)
+        except EmberfsError:
+            return None
 
     def close(self) -> None:
         """Let go of everything: the application is gone."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from emberfs.client import metrics
 from emberfs.client.chunkio import ChunkIO
-from emberfs.client.manyio import Range, Result, read_many, write_many
+from emberfs.client.manyio import Range, Result, read_commonly, write_many
 from emberfs.client.native import layout
 from emberfs.client.native.batch import BulkReads, Tell
 from emberfs.client.native.holdings import Holdings, errno_of
@@ -79,7 +79,7 @@ class Performer:
             await asyncio.gather(*works)
 
     async def _read(self, wanted: _Wanted, tell: Tell) -> None:
-        tell(wanted.completions(await read_many(self._chunkio, wanted.ranges)))
+        tell(wanted.completions(await read_commonly(self._chunkio, wanted.ranges)))
 
     async def _write(self, wanted: _Wanted, tell: Tell) -> None:
         """Tell of writes as they end, at once of all that have ended meanwhile."""

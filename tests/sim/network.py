@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from emberfs.fabric.call import Handler, Reply
 from emberfs.fabric.endpoint import parse
 from emberfs.fabric.region import Buffer, Slice, view_of
-from emberfs.fabric.sinks import SinkTable
+from emberfs.fabric.sinks import PackedSinks, SinkTable
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, US
 from sim.history import PERFORMED
@@ -301,13 +301,16 @@ class SimPeer:
         """True once the connection is gone."""
         return self._closed
 
+    def start(self, *_: object, **__: object) -> None:
+        """Nothing is started here: the caller uses `call`."""
+
     async def call(
         self,
         method: int,
         body: bytes,
         *,
         sources: Sequence[Buffer] = (),
-        sinks: Sequence[Buffer] = (),
+        sinks: Sequence[Buffer] | PackedSinks = (),
         timeout_ns: int,
     ) -> Reply:
         """Perform one call."""
@@ -316,6 +319,8 @@ class SimPeer:
         if timeout_ns <= 0:
             raise EmberfsError(Code.TIMEOUT, f"{self.endpoint}: no time left")
         self._calls += 1
+        if isinstance(sinks, PackedSinks):
+            sinks = sinks.slices()
         views = [view_of(sink) for sink in sinks]
         request = _Request(
             self._calls,
