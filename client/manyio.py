@@ -60,7 +60,10 @@ class _Owner:
         self._files = {file.number: file for file in {one.file for one in ranges}}
         self._regions = {part.region.id: part.region for part in self.parts}
         self.numbers = {number: number for number in self._regions}
-        self.region_facts = {n: region_facts(region) for n, region in self._regions.items()}
+        self.region_facts = {
+            number: region_facts(number, region.size_bytes)
+            for number, region in self._regions.items()
+        }
 
     def region(self, number: int) -> Region | None:
         """Look memory up."""

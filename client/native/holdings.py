@@ -66,7 +66,7 @@ class Holdings:
             raise EmberfsError(Code.NO_SPACE, f"no memory for a region: {problem}") from None
         number = self._number()
         self._regions[number] = region
-        self.region_facts[number] = region_facts(region)
+        self.region_facts[number] = region_facts(region.id, region.size_bytes)
         self._region_bytes += region.size_bytes
         return number, region
 

@@ -24,8 +24,6 @@ believes nothing of it: it copies an entry once, checks the copy, and keeps its 
 import struct
 from typing import TypeAlias
 
-from emberfs.fabric.region import Region
-
 MAGIC = 0x31474E4952424D45  # "EMBRING1"
 MAGIC_AT, ENTRIES_AT = 0, 8
 SQ_TAIL, SQ_HEAD, SLEEPS = 64, 128, 192
@@ -54,9 +52,9 @@ Submission: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 _REGION = struct.Struct("<IQ")
 
 
-def region_facts(region: Region) -> bytes:
+def region_facts(region_id: int, size_bytes: int) -> bytes:
     """What compiled code has to know of memory: its id in this process, and its size."""
-    return _REGION.pack(region.id, region.size_bytes)
+    return _REGION.pack(region_id, size_bytes)
 
 
 def count_of(entries: bytes) -> int:
