@@ -39,7 +39,7 @@ hf3fs: $(VENV)/installed       ## install what programs of 3FS import and link a
 test: check                    ## the whole test suite: checks, unit, simulation, model, fuzz, real processes
 	@$(BIN)/pytest -n auto --dist worksteal $(PYTEST_FLAGS) $(PURE_TESTS)
 	@$(BIN)/pytest $(PYTEST_FLAGS) tests/semantics
-	@$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_FLAGS) tests/integration
+	@$(BIN)/pytest -n 3 --dist loadfile $(PYTEST_FLAGS) tests/integration
 
 unit: $(VENV)/installed-test   ## the fast tests only
 	@$(BIN)/pytest -q tests/test_tidy.py tests/unit tests/semantics/test_local.py

@@ -15,9 +15,9 @@ from sim.scenario import quiet_burial
 
 TESTS = Path(__file__).resolve().parent.parent
 SEEDS = 200
-SECONDS = 6.0  # of faults in each
+SECONDS = 4.5  # of faults in each
 SLICES = 8
-FILE_SEEDS = 88  # of names and files: eleven of each mood
+FILE_SEEDS = 64  # of names and files: eight of each mood
 FILE_SLICES = 4
 
 
