@@ -1,0 +1,402 @@
+"""The table of budgets in one run: figure, limit, ratio, goal, met or missed, and whose CPU.
+
+usage: bench_table.py [--seconds 3] [--size-mib 512] [--json FILE] [--plots DIRECTORY]
+
+A cluster of three replicas, fio, the limits and what they are compared with share this host. A
+limit is measured in this run, right before what is divided by it; where the goal is to beat another
+file system, it is that one's figure on a comparable machine, a fixed number, and marked `peer`.
+With --plots, read throughput against block size and depth is drawn as well (another minute).
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import curves
+import fiorun
+import rows
+import uvloop
+from bench_cluster import native_reads
+from bench_metadata import Step, passthrough, rates
+from bench_ring import read_loop
+from measure import (
+    Cpu,
+    Pace,
+    lay_out,
+    memory_mib,
+    preadv_limit,
+    repeated,
+    socket_limit,
+    storage_written_bytes,
+    write_limit,
+)
+from outage import outage
+from rows import PEER, Row, cpu_of
+
+from emberfs.client.native.connection import Connection
+from emberfs.client.native.layout import WRITE
+from emberfs.client.native.ring import Ring
+from emberfs.proto.ids import KiB, MiB
+from integration.harness import LocalCluster, local_cluster
+
+MB = 1_000_000
+GB = 1000 * MB
+PROCESSES = 4
+SETTLE_S = 3.0  # after laying out: the scrubber and what was buffered take CPU
+QUIET_S, QUIET_S_MAX = 0.5, 5.0  # until the storage services have written all that they will
+EXPIRE_S = 1.3  # what the kernel knows of names and attributes has run out then
+PREADV = "plain preadv loop of one process, same bytes cached"
+
+
+class Bench(NamedTuple):
+    """What the rows work with."""
+
+    cluster: LocalCluster
+    daemon: Connection
+    local: Path  # a plain directory of the same file system
+    through: Path | None  # libfuse's C passthrough over such a directory
+    seconds: float
+    size_bytes: int  # of the large file
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of `bench`, on the mount and in the plain directory."""
+        return self.size_bytes // 8
+
+    @property
+    def written_bytes(self) -> int:
+        """What a round of writing writes."""
+        return self.size_bytes // 4
+
+
+# ---------------------------------------------------------------- native
+
+
+def native_read_large(bench: Bench) -> Iterator[Row]:
+    limit = preadv_limit(bench.local / "bench", MiB, bench.seconds, bench.file_bytes)
+    pace, spent = ring_reads(bench, MiB, 16)
+    yield Row(
+        "native read 1 MiB, batch 8, shm", pace.per_s * MiB / MB, "MB/s", 0.80,
+        limit * MiB / MB, said=PREADV, cpu=cpu_of(spent, pace.count * MiB / GB), cpu_per="GB",
+    )  # fmt: skip
+
+
+def native_read_small(bench: Bench) -> Iterator[Row]:
+    limit = preadv_limit(bench.local / "bench", 4 * KiB, bench.seconds, bench.file_bytes)
+    pace, spent = ring_reads(bench, 4 * KiB, 128)
+    yield Row(
+        "native read 4 KiB random, batch 64, shm", pace.per_s, "/s", 0.50, limit, said=PREADV,
+        cpu=cpu_of(spent, pace.count / 1000), cpu_per="1000",
+    )  # fmt: skip
+
+
+def ring_reads(bench: Bench, block: int, depth: int) -> tuple[Pace, dict[str, float]]:
+    """Two batches under way, of half the depth each."""
+    path = bench.cluster.mount / "bench"
+    return read_loop(
+        bench.cluster, bench.daemon, path, block, depth, bench.seconds, bench.file_bytes
+    )
+
+
+def native_read_tcp(bench: Bench) -> Iterator[Row]:
+    limit = socket_limit(bench.local / "bench", bench.seconds)
+    cpu = Cpu(bench.cluster)
+    pace = uvloop.run(
+        native_reads(
+            bench.cluster, transport="tcp", block=MiB, batch=8, seconds=bench.seconds,
+            file_bytes=bench.file_bytes,
+        )
+    )  # fmt: skip
+    yield Row(
+        "native read 1 MiB, batch 8, tcp, library", pace.per_s * MiB / MB, "MB/s", 0.85,
+        limit * MiB / MB, said="bare sendfile to recv_into loop, loopback",
+        cpu=cpu_of(cpu.spent(), pace.count * MiB / GB), cpu_per="GB",
+    )  # fmt: skip
+
+
+def native_write(bench: Bench) -> Iterator[Row]:
+    before = write_limit(bench.local, bench.written_bytes)
+    path, memory = bench.cluster.mount / "fresh", bench.daemon.region(16 * MiB)
+    memory.view[:] = os.urandom(MiB) * 16
+    parts = [memory.slice(n * MiB, MiB) for n in range(16)]
+
+    def once() -> int:
+        with path.open("wb") as opened, bench.daemon.file(opened) as file:
+            with Ring(bench.daemon) as ring:
+                lanes = [None, None]
+                for number, at in enumerate(range(0, bench.written_bytes, 8 * MiB)):
+                    lane = number % 2
+                    settle(ring, lanes[lane])
+                    wanted = [
+                        (file, at + n * MiB, parts[8 * lane + n])
+                        for n in range(min(8, (bench.written_bytes - at) // MiB))
+                    ]
+                    lanes[lane] = ring.submit(WRITE, wanted)
+                for batch in lanes:
+                    settle(ring, batch)
+            os.fsync(opened.fileno())
+        path.unlink()
+        return bench.written_bytes
+
+    def settle(ring: Ring, batch: object) -> None:
+        if batch is not None and any(result != MiB for result in ring.wait(batch)):
+            raise OSError("a write was short or failed")
+
+    cpu = Cpu(bench.cluster)
+    pace = repeated(bench.seconds, once)
+    spent = cpu.spent()
+    memory.close()
+    limit = (before + write_limit(bench.local, bench.written_bytes)) / 2
+    yield Row(
+        "write 1 MiB, 3 replicas, fsync at end, native", pace.per_s / MB, "MB/s", 0.80,
+        limit * MiB / MB, said="raw write + fsync of three times the bytes",
+        cpu=cpu_of(spent, pace.count / GB), cpu_per="GB",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the mount
+
+
+def fuse_write(bench: Bench) -> Iterator[Row]:
+    limit = write_limit(bench.local, bench.written_bytes)
+    cpu, mount = Cpu(bench.cluster), bench.cluster.mount
+    figure = fiorun.one_job(
+        mount, rw="write", bs="1m", size=bench.written_bytes, filename="fresh", end_fsync=1
+    )
+    spent = cpu.spent() | {"app": figure.cpu_s}
+    (mount / "fresh").unlink()
+    yield Row(
+        "write 1 MiB, 3 replicas, fsync at end, FUSE", figure.bytes_per_s / MB, "MB/s", 0.80,
+        limit * MiB / MB, said="raw write + fsync of three times the bytes",
+        cpu=cpu_of(spent, figure.io_bytes / GB), cpu_per="GB",
+    )  # fmt: skip
+
+
+def fuse_read(bench: Bench) -> Iterator[Row]:
+    limit = None if bench.through is None else sequential(bench, bench.through)
+    cpu = Cpu(bench.cluster)
+    pace = sequential(bench, bench.cluster.mount)
+    yield Row(
+        "FUSE sequential read 1 MiB, cold client", pace.per_s / MB, "MB/s", 0.70,
+        None if limit is None else limit.per_s / MB, said="libfuse's C passthrough, same bytes",
+        cpu=cpu_of(cpu.spent(), pace.count / GB), cpu_per="GB",
+    )  # fmt: skip
+
+
+def sequential(bench: Bench, directory: Path) -> Pace:
+    """Bytes read through the kernel's cache, of which every round first drops the file."""
+    bytes_read, took_s = 0, 0.0
+    while not bytes_read or took_s < bench.seconds:
+        figure = fiorun.one_job(
+            directory, rw="read", bs="1m", size=bench.size_bytes, filename="large", invalidate=1
+        )
+        bytes_read += figure.io_bytes
+        took_s += figure.io_bytes / figure.bytes_per_s
+    return Pace(bytes_read, took_s)
+
+
+def fuse_random_read(bench: Bench) -> Iterator[Row]:
+    cpu = Cpu(bench.cluster)
+    figure = fiorun.one_job(
+        bench.cluster.mount, bench.seconds, rw="randread", bs="4k", size=bench.size_bytes,
+        filename="large", direct=1, numjobs=8,
+    )  # fmt: skip
+    spent = cpu.spent() | {"app": figure.cpu_s}
+    yield Row(
+        "FUSE random read 4 KiB direct, 8 jobs", figure.iops, "/s", 1.0, 19_700, PEER,
+        "GlusterFS, 3 copies", cpu_of(spent, figure.ios / 1000), "1000",
+    )  # fmt: skip
+
+
+def fuse_readers(bench: Bench) -> Iterator[Row]:
+    part = bench.size_bytes // 4
+    cpu = Cpu(bench.cluster)
+    figure = fiorun.one_job(
+        bench.cluster.mount, bench.seconds, rw="read", bs="1m", size=part, filename="large",
+        direct=1, numjobs=4, offset_increment=part,
+    )  # fmt: skip
+    spent = cpu.spent() | {"app": figure.cpu_s}
+    yield Row(
+        "FUSE 4 readers 1 MiB direct", figure.bytes_per_s / MB, "MB/s", 1.0, 2000, PEER,
+        "JuiceFS, 1 copy", cpu_of(spent, figure.io_bytes / GB), "GB",
+    )  # fmt: skip
+
+
+def fuse_random_write(bench: Bench) -> Iterator[Row]:
+    """Also what reaches the disks: as the storage processes' own accounts have it, no journal."""
+    written = quiet_written_bytes(bench.cluster)
+    cpu = Cpu(bench.cluster)
+    figure = fiorun.one_job(
+        bench.cluster.mount, bench.seconds, rw="randwrite", bs="4k", size=bench.written_bytes,
+        filename="written", fsync=32, overwrite=1,
+    )  # fmt: skip
+    spent = cpu.spent() | {"app": figure.cpu_s}
+    yield Row(
+        "FUSE random write 4 KiB, fsync=32, 3 copies", figure.iops, "/s", 2.0, 5100, PEER,
+        "MooseFS", cpu_of(spent, figure.ios / 1000), "1000",
+    )  # fmt: skip
+    physical = quiet_written_bytes(bench.cluster) - written
+    replicas = bench.cluster.plan.replicas
+    yield Row(
+        "the same: bytes to disk per byte, per replica", physical / figure.io_bytes / replicas,
+        "", 3.0, said="write_bytes of the storage processes", at_most=True,
+    )  # fmt: skip
+
+
+def quiet_written_bytes(cluster: LocalCluster) -> int:
+    """What the storage services have written once they write no more, or after a while."""
+    found = storage_written_bytes(cluster)
+    for _ in range(int(QUIET_S_MAX / QUIET_S)):
+        time.sleep(QUIET_S)
+        before, found = found, storage_written_bytes(cluster)
+        if found == before:
+            break
+    return found
+
+
+# ---------------------------------------------------------------- names
+
+
+BLOCK = os.urandom(4 * KiB)
+NAMES = {  # step: (its row, the peer's figure, whose it is, goal)
+    Step("create", lambda d, n: (d / f"f{n}").write_bytes(BLOCK)):
+        ("create + write 4 KiB + close", 1100, "CephFS, MooseFS", 2.0),
+    Step("stat", lambda d, n: os.stat(d / f"f{n}"), pause_s=EXPIRE_S):
+        ("stat, nothing of it cached", 17_600, "MooseFS", 1.0),
+    Step("rename", lambda d, n: os.rename(d / f"f{n}", d / f"g{n}")):
+        ("rename", 6300, "MooseFS", 1.0),
+    Step("unlink", lambda d, n: os.unlink(d / f"g{n}")):
+        ("unlink", 8500, "MooseFS", 1.0),
+}  # fmt: skip
+
+
+def names(bench: Bench) -> Iterator[Row]:
+    files = max(int(150 * bench.seconds), 5)
+    cpu, said = Cpu(bench.cluster), iter(NAMES.values())
+    where = bench.cluster.mount / "names"
+    for _, rate, us in rates(where, PROCESSES, files, cpu.now, tuple(NAMES)):
+        what, limit, peer, goal = next(said)
+        yield Row(
+            f"FUSE {what}, {PROCESSES} processes", rate, "/s", goal, limit, PEER, peer,
+            {group: used / 1000 for group, used in us.items()}, "1000",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def resume(bench: Bench) -> Iterator[Row]:
+    """The last, since a replica is missing afterwards."""
+    found = outage(bench.cluster, "storage1", bench.cluster.mount / "bench", bench.seconds)
+    for what, waited_s, goal_s in (
+        ("longest write, a replica killed", found.write_s, 6.0),
+        ("longest read, a replica killed", found.read_s, 0.5),
+    ):
+        yield Row(what, waited_s, "s", goal_s, said="kill -9 of a storage service", at_most=True)
+
+
+def started(cluster: LocalCluster, took_s: float) -> list[Row]:
+    return [
+        Row("start: one command to a mounted cluster", took_s, "s", 5.0, at_most=True,
+            said="installed"),
+        Row("memory of all processes after it", sum(memory_mib(cluster).values()), "MiB", 600.0,
+            at_most=True, said="sum of what is resident"),
+    ]  # fmt: skip
+
+
+ROWS: tuple[Callable[[Bench], Iterator[Row]], ...] = (
+    native_read_large,
+    native_read_small,
+    native_read_tcp,
+    fuse_read,
+    native_write,
+    fuse_write,
+    fuse_random_read,
+    fuse_readers,
+    fuse_random_write,
+    names,
+)
+
+
+@contextmanager
+def laid_out(cluster: LocalCluster, seconds: float, size_bytes: int) -> Iterator[Bench]:
+    """The files that the rows read, on everything that they are read from."""
+    local = cluster.root / "local"
+    local.mkdir()
+    with ExitStack() as stack:
+        through = stack.enter_context(compared(local))
+        daemon = stack.enter_context(Connection(cluster.mount))
+        bench = Bench(cluster, daemon, local, through, seconds, size_bytes)
+        for place in (cluster.mount, local):
+            lay_out(place / "bench", bench.file_bytes)
+        for place in (cluster.mount, through):
+            if place is not None:
+                lay_out(place / "large", bench.size_bytes)
+        lay_out(cluster.mount / "written", bench.written_bytes)
+        time.sleep(min(SETTLE_S, 3 * seconds))
+        yield bench
+
+
+@contextmanager
+def compared(local: Path) -> Iterator[Path | None]:
+    """The C passthrough, or None and why there is none."""
+    with ExitStack() as stack:
+        try:
+            found: Path | None = stack.enter_context(passthrough(local, "auto"))
+        except (AssertionError, OSError) as problem:
+            print(f"no limit for FUSE reads, libfuse's example does not work here: {problem}")
+            found = None
+        yield found
+
+
+def measure(cluster: LocalCluster, options: argparse.Namespace) -> dict[str, object]:
+    """Start the cluster, print the table, and return all of it as data."""
+    began = time.perf_counter()
+    cluster.up()
+    start = started(cluster, time.perf_counter() - began)
+    found: list[Row] = []
+    with laid_out(cluster, options.seconds, options.size_mib * MiB) as bench:
+        for measured in ROWS:
+            for row in measured(bench):
+                found.append(row)
+                print(f"  {row.name}: {rows.number(row.figure)} {row.unit}", flush=True)
+        drawn: dict[str, object] = {}
+        if options.plots is not None:
+            drawn = curves.draw_all(
+                cluster, bench.daemon, min(options.seconds, 1.5), bench.file_bytes, options.plots
+            )
+    found += [*resume(bench), *start]
+    print("\n" + rows.table(found))
+    return {
+        "machine": rows.machine(),
+        "seconds": options.seconds,
+        "size_mib": options.size_mib,
+        "rows": [row.data() for row in found],
+        "curves": drawn,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
+    parser.add_argument("--size-mib", type=int, default=512, help="of the large file, >= 32")
+    parser.add_argument("--json", type=Path, help="write the rows as data into this file")
+    parser.add_argument("--plots", type=Path, help="draw the curves into this directory")
+    options = parser.parse_args()
+    if options.size_mib < 32 or options.seconds <= 0:
+        parser.error("--size-mib is at least 32, --seconds above 0")
+    began = time.perf_counter()
+    with local_cluster() as cluster:
+        found = measure(cluster, options)
+    print(f"{time.perf_counter() - began:.0f} s in all, on {os.cpu_count()} CPUs")
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
