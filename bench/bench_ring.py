@@ -29,6 +29,7 @@ def read_loop(
     depth: int,
     seconds: float,
     file_bytes: int = FILE_BYTES,
+    warm_s: float = WARM_S,
 ) -> tuple[Pace, dict[str, float]]:
     """Blocks in how long, and the CPU seconds that they took of each group of processes."""
     offsets = random_offsets(block, file_bytes)
@@ -66,7 +67,7 @@ def read_loop(
                 count += batch
             return count
 
-        run(time.perf_counter() + min(seconds, WARM_S))
+        run(time.perf_counter() + min(seconds, warm_s))
         cpu, began = Cpu(cluster), time.perf_counter()
         pace = Pace(run(began + seconds), time.perf_counter() - began)
         spent = cpu.spent()

@@ -6,6 +6,7 @@ Import it before anything of `integration`: it makes the cluster harness of the 
 import os
 import random
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from integration.harness import LocalCluster
 FILE_BYTES = 64 * MiB
 WRITE_BYTES = 256 * MiB
 SECONDS = 2.0
+SECTOR_BYTES = 512  # of /sys/dev/block/*/stat, whatever the disk has
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -117,14 +119,28 @@ def memory_mib(cluster: LocalCluster) -> dict[str, int]:
     return found
 
 
-def storage_written_bytes(cluster: LocalCluster) -> int:
-    """What the storage services have made the kernel write to disks so far, by whole pages."""
-    total = 0
+class Written(NamedTuple):
+    """Bytes written so far."""
+
+    handed: int  # by the storage services to their kernel (a little of it to sockets)
+    device: int | None  # to the block device below a directory, by everybody; None: not known
+
+
+def written(cluster: LocalCluster) -> Written:
+    """What was written until now, after telling the kernel to write back what is left.
+
+    Not /proc/PID/io's write_bytes: a kernel with large folios counts a whole folio, 512 KiB for
+    one, for every 4 KiB in it.
+    """
+    subprocess.run(["sync", "-f", cluster.directory], check=True, timeout=120)
+    handed = 0
     for name in cluster.plan.storage_names():
         text = Path(f"/proc/{cluster.pid(name)}/io").read_text()
-        fields = dict(line.split(": ") for line in text.splitlines())
-        total += int(fields["write_bytes"]) - int(fields["cancelled_write_bytes"])
-    return total
+        handed += int(text.partition("wchar: ")[2].split()[0])
+    number = os.stat(cluster.directory).st_dev
+    stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
+    device = int(stat.read_text().split()[6]) * SECTOR_BYTES if stat.exists() else None
+    return Written(handed, device)
 
 
 # ---------------------------------------------------------------- limits

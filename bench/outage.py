@@ -1,5 +1,6 @@
 """How long single writes and reads of a mount take while a storage service is killed."""
 
+import math
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from integration.harness import LocalCluster
 AFTER_S = 8.0  # the longest that is waited for the writes to go on
 BLOCK = b"w" * 4 * KiB
 FILES = 4
+STOP_S = 60.0
 
 
 class Waits(NamedTuple):
@@ -47,13 +49,12 @@ class Caller:
             self.problem = problem
 
     def stop(self) -> float:
-        """Raises what a call raised."""
+        """The longest call; infinite if one failed or does not end."""
         self._over.set()
-        self._thread.join(60)
-        if self._thread.is_alive():
-            raise TimeoutError("a call on the mount does not end")
-        if self.problem is not None:
-            raise self.problem
+        self._thread.join(STOP_S)
+        if self.problem is not None or self._thread.is_alive():
+            print(f"  a call failed: {self.problem or 'it does not end'}")
+            return math.inf
         return self.longest_s
 
 
