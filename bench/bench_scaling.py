@@ -199,11 +199,10 @@ def reads(
         yield point(axis, f"{way}, {named(block)}", x, pace, block, spent, took_s)
 
 
-def over_clients(options: Options) -> Iterator[Point]:
-    with cluster_of(options) as cluster:
-        for clients in options.clients:
-            for way in ("rings", "library"):
-                yield from reads(cluster, "clients", clients, clients, way, options)
+def over_clients(cluster: LocalCluster, options: Options) -> Iterator[Point]:
+    for clients in options.clients:
+        for way in ("rings", "library"):
+            yield from reads(cluster, "clients", clients, clients, way, options)
 
 
 def over_storages(options: Options) -> Iterator[Point]:
@@ -221,8 +220,8 @@ def over_targets(options: Options) -> Iterator[Point]:
 # ---------------------------------------------------------------- many files
 
 
-def over_files(options: Options) -> Iterator[Point]:
-    with cluster_of(options) as cluster, client_of(cluster) as client:
+def over_files(cluster: LocalCluster, options: Options) -> Iterator[Point]:
+    with Client(cluster.plan.mgmtd_address, cluster=cluster.plan.cluster) as client:
         client.mkdir("/many")
         made = 0
         for files in options.files:
@@ -245,10 +244,6 @@ def make_files(client: Client, numbers: range) -> None:
         page = [(f"/many/{n}", CONTENT) for n in numbers[first : first + PAGE_FILES]]
         if problems := [problem for problem in client.batch_create(page) if problem]:
             raise problems[0]
-
-
-def client_of(cluster: LocalCluster) -> Client:
-    return Client(cluster.plan.mgmtd_address, cluster=cluster.plan.cluster)
 
 
 def opened_and_read(
@@ -279,8 +274,8 @@ def opened_and_read(
 # ---------------------------------------------------------------- one large file
 
 
-def over_sparse(options: Options) -> Iterator[Point]:
-    with cluster_of(options) as cluster, Connection(cluster.mount) as daemon:
+def over_sparse(cluster: LocalCluster, options: Options) -> Iterator[Point]:
+    with Connection(cluster.mount) as daemon:
         for size in options.sparse_bytes:
             path = cluster.mount / f"sparse{size}"
             filled = sparse_file(path, size)
@@ -331,13 +326,16 @@ def offsets_read(daemon: Connection, path: Path, offsets: list[int], seconds: fl
 # ---------------------------------------------------------------- the whole
 
 
-AXES: dict[str, Callable[[Options], Iterator[Point]]] = {
-    "clients": over_clients,
+OWN_CLUSTERS: dict[str, Callable[[Options], Iterator[Point]]] = {
     "storages": over_storages,
     "targets": over_targets,
-    "files": over_files,
-    "sparse": over_sparse,
 }
+ONE_CLUSTER: dict[str, Callable[[LocalCluster, Options], Iterator[Point]]] = {
+    "clients": over_clients,
+    "sparse": over_sparse,
+    "files": over_files,  # last: what it makes stays
+}
+AXES = (*OWN_CLUSTERS, *ONE_CLUSTER)
 TITLES = {
     "clients": "client processes, 3 storage services",
     "storages": "storage services, 1 copy, 4 clients",
@@ -389,11 +387,17 @@ def picture(points: list[Point], path: Path) -> None:
     draw(panels, path, columns=2)
 
 
-def measure(options: Options, axes: list[str]) -> list[Point]:
+def measure(options: Options, axes: set[str]) -> list[Point]:
     """One axis after another."""
-    found = []
-    for axis in axes:
-        found += list(AXES[axis](options))
+    found: list[Point] = []
+    for axis, over in OWN_CLUSTERS.items():
+        if axis in axes:
+            found += over(options)
+    if not axes.isdisjoint(ONE_CLUSTER):
+        with cluster_of(options) as cluster:
+            for name, on in ONE_CLUSTER.items():
+                if name in axes:
+                    found += on(cluster, options)
     return found
 
 
@@ -416,7 +420,7 @@ def main() -> None:
         all_files[few], SPARSE_BYTES[few],
     )  # fmt: skip
     began = time.perf_counter()
-    points = measure(options, [axis for axis in AXES if axis in wanted])
+    points = measure(options, wanted)
     print("\n" + table(points))
     print(f"{time.perf_counter() - began:.0f} s in all, on {os.cpu_count()} CPUs")
     if given.json is not None:
