@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import uvloop
 from bench_cluster import native_reads
 from bench_ring import read_loop
-from measure import Cpu, Pace, lay_out, named
+from measure import Cpu, Pace, lay_out, named, wait_idle
 from pictures import Panel, draw
 from rows import machine, number, plain
 
@@ -54,7 +54,6 @@ PAGE_FILES = 1000
 SPARSE_BLOCKS = 64
 CONTENT = os.urandom(KiB)
 ANSWER_S = 120
-SETTLE_S = 2.0  # after laying out
 SAMPLE_FILES = 1000  # what is read, of however many files
 
 
@@ -106,7 +105,7 @@ def cluster_of(options: Options, **changed: Any) -> Iterator[LocalCluster]:  # n
         write_plan(plan)
         cluster.up()
         lay_out(cluster.mount / "bench", options.file_bytes)
-        time.sleep(min(SETTLE_S, options.seconds))
+        wait_idle(cluster)
         yield cluster
 
 
@@ -227,6 +226,7 @@ def over_files(cluster: LocalCluster, options: Options) -> Iterator[Point]:
         for files in options.files:
             make_files(client, range(made, files))
             made = files
+            wait_idle(cluster)
 
             def by_mount(n: int) -> bytes:
                 return (cluster.mount / "many" / str(n)).read_bytes()

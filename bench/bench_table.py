@@ -36,6 +36,7 @@ from measure import (
     preadv_limit,
     repeated,
     socket_limit,
+    wait_idle,
     write_limit,
     written,
 )
@@ -54,7 +55,6 @@ MB = 1_000_000
 GB = 1000 * MB
 PROCESSES = 4
 WRITE_BATCH = 8
-SETTLE_S = 3.0  # after laying out: the scrubber and what was buffered take CPU
 QUIET_S, QUIET_S_MAX = 0.5, 5.0  # until the storage services have written all
 QUIET_BYTES = 64 * KiB  # heartbeats and logs in QUIET_S
 EXPIRE_S = 1.3  # what the kernel knows of names and attributes has run out then
@@ -370,7 +370,7 @@ def laid_out(cluster: LocalCluster, seconds: float, size_bytes: int) -> Iterator
             if place is not None:
                 lay_out(place / "large", bench.size_bytes)
         lay_out(cluster.mount / "written", bench.written_bytes)
-        time.sleep(min(SETTLE_S, 3 * seconds))
+        wait_idle(cluster)
         yield bench
 
 

@@ -22,6 +22,8 @@ from integration.harness import LocalCluster
 FILE_BYTES = 64 * MiB
 WRITE_BYTES = 256 * MiB
 SECONDS = 2.0
+IDLE_LOOK_S, IDLE_CORES = 0.5, 0.15  # heartbeats of many processes are below it
+IDLE_WAIT_S = 15.0
 SECTOR_BYTES = 512  # of /sys/dev/block/*/stat, whatever the disk has
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -86,6 +88,17 @@ class Cpu:
     def spent(self) -> dict[str, float]:
         """By group, since this was made."""
         return {group: used - self._before[group] for group, used in self.now().items()}
+
+
+def wait_idle(cluster: LocalCluster, at_most_s: float = IDLE_WAIT_S) -> None:
+    """Until the services do next to nothing: scrubbing and compaction follow what was written."""
+    end = time.perf_counter() + at_most_s
+    while time.perf_counter() < end:
+        cpu = Cpu(cluster)
+        time.sleep(IDLE_LOOK_S)
+        spent = cpu.spent()
+        if sum(spent.values()) - spent["app"] < IDLE_CORES * IDLE_LOOK_S:
+            return
 
 
 def _stat_s(pid: int) -> list[float]:
