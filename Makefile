@@ -3,9 +3,10 @@ VENV  ?= .venv
 MOUNT ?= mnt
 BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
+PLOTTING = $(BIN)/python -m pip install -q --disable-pip-version-check --group plots
 INPUTS := pyproject.toml $(wildcard runtime/*.[ch] fabric/*.c storage/*.c client/*.c client/native/*.c) deploy/install.sh
 
-.PHONY: libemberfs fio-engine fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test test-ecosystem check unit integration demo bench bench-fio proto help
+.PHONY: libemberfs fio-engine fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test test-ecosystem check unit integration demo bench bench-all bench-fio bench-scaling proto help
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -79,11 +80,20 @@ test-hf3fs-clients: $(VENV)/installed-test  ## programs made for 3FS, unmodified
 demo: $(VENV)/installed-test   ## real programs and killed servers on a scratch cluster (minutes)
 	@PYTHONPATH=tests $(BIN)/python bench/demo.py
 
-bench: $(VENV)/installed-test  ## figures, limits and ratios
+bench: $(VENV)/installed-test  ## the budgets: figure, limit, ratio, goal, CPU (SECONDS=3 JSON=file PLOTS=docs)
+	@$(if $(PLOTS),$(PLOTTING))
+	@$(BIN)/python bench/bench_table.py --seconds $(or $(SECONDS),3) $(if $(JSON),--json $(JSON)) $(if $(PLOTS),--plots $(PLOTS))
+
+bench-scaling: $(VENV)/installed-test  ## reads over services, clients, targets, files (SECONDS=2 JSON=file PLOTS=docs ONLY=names LARGE=1)
+	@$(if $(PLOTS),$(PLOTTING))
+	@$(BIN)/python bench/bench_scaling.py --seconds $(or $(SECONDS),2) $(if $(JSON),--json $(JSON)) $(if $(PLOTS),--plots $(PLOTS)) \
+	  $(if $(ONLY),--only $(ONLY)) $(if $(LARGE),--large)
+
+bench-all: $(VENV)/installed-test  ## every file of bench, one after another
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 bench-fio: $(VENV)/installed-test  ## fio's figures, limits, ratios, CPU per process; plots into docs (SECONDS=10 ONLY=names)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --group plots
+	@$(PLOTTING)
 	@$(BIN)/python bench/bench_fio.py --seconds $(or $(SECONDS),10) --plots docs $(if $(ONLY),--only $(ONLY))
 
 libemberfs:                    ## the C library of rings, with its header (PREFIX=/usr/local)

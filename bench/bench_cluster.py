@@ -5,17 +5,25 @@ Native reads go through the client library in this process; FUSE figures through
 """
 
 import asyncio
-import json
 import os
 import random
-import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import uvloop
+from fiorun import one_job
+from measure import (
+    FILE_BYTES,
+    SECONDS,
+    WRITE_BYTES,
+    Pace,
+    preadv_limit,
+    random_offsets,
+    report,
+    socket_limit,
+    write_limit,
+)
 
 from emberfs.client.cluster import Cluster
 from emberfs.fabric.region import Region, Slice
@@ -23,86 +31,21 @@ from emberfs.proto.files import Inode
 from emberfs.proto.ids import SECOND, KiB, MiB
 from emberfs.proto.meta_calls import Caller
 from emberfs.runtime.real import RealEnv
+from integration.harness import LocalCluster, local_cluster
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from integration.harness import LocalCluster, local_cluster, run
-
-FILE_BYTES = 64 * MiB
-WRITE_BYTES = 256 * MiB
-SECONDS = 2.0
 ROOT = Caller(0, 0)
 
 
-def report(what: str, figure: float, unit: str, limit: float, said: str) -> None:
-    figures = f"{figure:10.0f} {unit:6} limit {limit:10.0f}  ratio {figure / limit:5.2f}"
-    print(f"{what:44} {figures}  ({said})", flush=True)
-
-
-def preadv_limit(path: Path, block: int) -> float:
-    """Blocks per second of a plain preadv loop over the same cached bytes."""
-    region = Region(block)
-    fd = os.open(path, os.O_RDONLY)
-    offsets = random_offsets(block)
-    for at in range(0, FILE_BYTES, MiB):
-        os.pread(fd, MiB, at)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS:
-        for offset in offsets[:256]:
-            os.preadv(fd, [region.view[:block]], offset)
-        count += min(256, len(offsets))
-    os.close(fd)
-    return count / (time.perf_counter() - began)
-
-
-def socket_limit(path: Path) -> float:
-    """MiB per second of a bare sendfile-to-recv_into loop over loopback TCP."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        sender = os.fork()
-        if sender == 0:
-            _send_for_ever(path, listener.getsockname()[1])
-        wire, _ = listener.accept()
-    region, received, began = Region(MiB), 0, time.perf_counter()
-    with wire:
-        while time.perf_counter() - began < SECONDS:
-            received += wire.recv_into(region.view)
-        took_s = time.perf_counter() - began
-    os.waitpid(sender, 0)
-    return received / MiB / took_s
-
-
-def _send_for_ever(path: Path, port: int) -> NoReturn:
-    with socket.create_connection(("127.0.0.1", port)) as wire, path.open("rb") as file:
-        try:
-            while True:
-                sent = 0
-                while sent < MiB:
-                    sent += os.sendfile(wire.fileno(), file.fileno(), sent, MiB - sent)
-        except OSError:
-            os._exit(0)
-
-
-def write_limit(directory: Path) -> float:
-    """Logical MiB per second when every byte is written three times and synced at the end."""
-    data = os.urandom(MiB)
-    began = time.perf_counter()
-    fd = os.open(directory / "raw", os.O_WRONLY | os.O_CREAT)
-    for _ in range(3 * WRITE_BYTES // MiB):
-        os.write(fd, data)
-    os.fsync(fd)
-    os.close(fd)
-    took_s = time.perf_counter() - began
-    (directory / "raw").unlink()
-    return WRITE_BYTES / MiB / took_s
-
-
-def random_offsets(block: int) -> list[int]:
-    offsets = list(range(0, FILE_BYTES, block))
-    random.Random(1).shuffle(offsets)
-    return offsets
-
-
-async def native_reads(cluster: LocalCluster, *, transport: str, block: int, batch: int) -> float:
-    """Blocks per second of batched native reads by one process."""
+async def native_reads(
+    cluster: LocalCluster,
+    *,
+    transport: str,
+    block: int,
+    batch: int,
+    seconds: float = SECONDS,
+    file_bytes: int = FILE_BYTES,
+) -> Pace:
+    """Batched native reads of `bench` by one process, two batches at a time."""
     env = RealEnv()
     if transport == "tcp":
         env.host_key = "another-host"  # no memory can be shared then
@@ -111,48 +54,51 @@ async def native_reads(cluster: LocalCluster, *, transport: str, block: int, bat
     )
     try:
         inode = await client.metadata.resolve(ROOT, b"/bench")
-        return await read_loop(client, inode, block, batch)
+        return await read_loop(client, inode, block, batch, seconds, file_bytes)
     finally:
         await client.close()
 
 
-async def read_loop(client: Cluster, inode: Inode, block: int, batch: int) -> float:
+async def read_loop(
+    client: Cluster, inode: Inode, block: int, batch: int, seconds: float, file_bytes: int
+) -> Pace:
     assert inode.layout is not None
     region = Region(block * batch * 2)
-    offsets = random_offsets(block)
+    offsets = random_offsets(block, file_bytes)
     sinks: list[list[Slice]] = [
         [region.slice((lane * batch + n) * block, block) for n in range(batch)] for lane in (0, 1)
     ]
-    count, place, stop = 0, 0, time.perf_counter() + SECONDS
+    count, place, stop = 0, 0, time.perf_counter() + seconds
 
     async def lane(number: int) -> None:
         nonlocal count, place
-        while time.perf_counter() < stop:
+        while True:
             jobs = []
             for sink in sinks[number]:
                 jobs.append((inode.id, inode.layout, offsets[place % len(offsets)], sink))
                 place += 1
             await client.chunkio.read_many(jobs)
             count += batch
+            if time.perf_counter() >= stop:
+                return
 
     began = time.perf_counter()
     await asyncio.gather(lane(0), lane(1))
-    return count / (time.perf_counter() - began)
+    took_s = time.perf_counter() - began
+    region.close()
+    return Pace(count, took_s)
 
 
 def fio(directory: Path, **options: object) -> dict[str, float]:
-    if "end_fsync" not in options:
-        options |= {"runtime": SECONDS + 2, "time_based": 1}
-    done = run(
-        "fio", "--name=bench", f"--directory={directory}", "--ioengine=psync",
-        "--output-format=json", "--group_reporting",
-        f"--filename={options.pop('filename', 'bench')}",
-        f"--size={WRITE_BYTES if 'end_fsync' in options else FILE_BYTES}",
-        *(f"--{key}={value}" for key, value in options.items()),
-    )  # fmt: skip
-    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    side = "write" if "write" in str(options["rw"]) else "read"
-    return {"iops": job[side]["iops"], "mib": job[side]["bw_bytes"] / MiB}
+    fresh = "end_fsync" in options
+    figure = one_job(
+        directory,
+        0 if fresh else SECONDS + 2,
+        filename="fresh" if fresh else "bench",
+        size=WRITE_BYTES if fresh else FILE_BYTES,
+        **options,
+    )
+    return {"iops": figure.iops, "mib": figure.bytes_per_s / MiB}
 
 
 def names_per_second(directory: Path, count: int = 600) -> dict[str, float]:
@@ -188,7 +134,7 @@ def bench(cluster: LocalCluster) -> None:
                 limit, said = socket_limit(local / "bench"), "sendfile to recv_into, loopback"
             figure = uvloop.run(
                 native_reads(cluster, transport=transport, block=block, batch=batch)
-            )
+            ).per_s
             what = f"native read {block // KiB} KiB, batch {batch}, {transport}"
             report(what, figure, unit, limit, said)
     for what, options, key in (
@@ -203,7 +149,7 @@ def bench(cluster: LocalCluster) -> None:
         figure = fio(cluster.mount, **options)[key]
         limit = fio(local, **options)[key]
         report(what, figure, unit, limit, "the same fio on the local file system, 1 copy")
-    figure = fio(cluster.mount, rw="write", bs="1m", end_fsync=1, filename="fresh")["mib"]
+    figure = fio(cluster.mount, rw="write", bs="1m", end_fsync=1)["mib"]
     limit = write_limit(local)
     report("FUSE write 1 MiB, fsync at end", figure, "MiB/s", limit, "3 times the bytes, fsync")
     limits = names_per_second(local / "names")

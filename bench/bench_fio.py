@@ -11,10 +11,7 @@ With --plots, throughput against block size and against depth is drawn (PNG, nee
 """
 
 import argparse
-import json
 import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,9 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import measure
 from bench_metadata import passthrough
+from fiorun import Figure, FioError, job_file
+from pictures import Panel
+from pictures import draw as draw_panels
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from emberfs.proto.ids import KiB, MiB
 from integration.harness import LocalCluster, local_cluster, run
 
@@ -37,56 +37,6 @@ SWEEP = "sweep"
 SETTLE_S = 5  # after laying out: the scrubber and what was buffered take CPU
 BLOCKS_BYTES = tuple(4 * KiB << n for n in range(0, 11, 2))  # 4 KiB to 4 MiB
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
-FIO_TIMEOUT_S = 300
-
-
-class Figure(NamedTuple):
-    """What one group of jobs did."""
-
-    iops: float
-    bytes_per_s: float
-    ios: int
-    io_bytes: int
-    p99_us: float  # of the completion of a request
-
-
-class FioError(Exception):
-    """fio could not do it there."""
-
-
-def fio(
-    job_file: Path, directory: Path, seconds: int, *, only_files: bool = False, **variables: object
-) -> dict[str, Figure]:
-    """Run a job file; returns figures by "JOB read" and "JOB write". Raises FioError.
-
-    `only_files`: lay out what the jobs read, and no more.
-    """
-    text = re.sub(r"(?m)^runtime=\d+", f"runtime={seconds}", job_file.read_text())
-    if only_files:
-        text = text.replace("directory=", "create_only=1\ndirectory=", 1)
-    environment = os.environ | {"DIRECTORY": str(directory)}
-    environment |= {key: str(value) for key, value in variables.items()}
-    done = subprocess.run(
-        ["fio", "--output-format=json", "-"], input=text, env=environment, cwd=directory,
-        capture_output=True, text=True, timeout=FIO_TIMEOUT_S, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-        raise FioError(f"{job_file.name}: {lines[0].replace(str(directory), '')}")
-    found = {}
-    for job in json.loads(done.stdout[done.stdout.index("{") :])["jobs"]:
-        for side in ("read", "write"):
-            seen = job[side]
-            if seen["total_ios"]:
-                p99_us = seen["clat_ns"].get("percentile", {}).get("99.000000", 0) / 1000
-                rate = seen["bw_bytes"]
-                if side == "write" and job["job options"].get("end_fsync"):
-                    # fio's figure ends with the last write, not with the sync behind it.
-                    rate = seen["io_bytes"] / (job["job_runtime"] / 1000)
-                found[f"{job['jobname']} {side}"] = Figure(
-                    seen["iops"], rate, seen["total_ios"], seen["io_bytes"], p99_us
-                )
-    return found
 
 
 def cpu_s(cluster: LocalCluster) -> dict[str, tuple[float, float]]:
@@ -100,12 +50,8 @@ def cpu_s(cluster: LocalCluster) -> dict[str, tuple[float, float]]:
 
 def lay_out(directory: Path) -> None:
     """What the jobs read, so that they do not write it themselves within the measured time."""
-    block = os.urandom(MiB)
-    for name, size_bytes in (("fio-large", LARGE_BYTES), ("fio-written", WRITTEN_BYTES)):
-        with (directory / name).open("wb") as file:
-            for number in range(size_bytes // MiB):
-                file.write(number.to_bytes(8, "little") + block[8:])
-            os.fsync(file.fileno())
+    measure.lay_out(directory / "fio-large", LARGE_BYTES)
+    measure.lay_out(directory / "fio-written", WRITTEN_BYTES)
 
 
 class Place(NamedTuple):
@@ -161,18 +107,18 @@ def show(name: str, figures: dict[str, dict[str, Figure]], used: dict[str, float
     sys.stdout.flush()
 
 
-def measure(cluster: LocalCluster, where: list[Place], name: str, seconds: int) -> None:
+def run_job(cluster: LocalCluster, where: list[Place], name: str, seconds: int) -> None:
     """One job file on all places."""
     figures: dict[str, dict[str, Figure]] = {}
     used: dict[str, float] = {}
     for place in where:
-        job_file = JOB_FILES / f"{name}.fio"
-        if "unlink=1" not in job_file.read_text():  # else it begins without its file
+        path = JOB_FILES / f"{name}.fio"
+        if "unlink=1" not in path.read_text():  # else it begins without its file
             with suppress(FioError):
-                fio(job_file, place.directory, seconds, only_files=True)
+                job_file(path, place.directory, seconds, only_files=True)
         before = cpu_s(cluster)
         try:
-            figures[place.name] = fio(job_file, place.directory, seconds)
+            figures[place.name] = job_file(path, place.directory, seconds)
         except FioError as problem:
             print(f"    {place.name}: {problem}")
             figures[place.name] = {}
@@ -193,7 +139,7 @@ def curves(
             row = found[f"{place.name} {side}"] = []
             for block_bytes, depth in points:
                 try:
-                    made = fio(
+                    made = job_file(
                         JOB_FILES / f"{SWEEP}.fio", place.directory, seconds,
                         RW=pattern, BS=block_bytes, DEPTH=depth,
                     )  # fmt: skip
@@ -207,36 +153,21 @@ def curves(
 
 def draw(where: list[Place], seconds: int, target: Path) -> None:
     """Throughput against block size at depth 8, and requests per second against depth at 4 KiB."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     for file_name, title, label, values, points, by_bytes in (
         ("fio_block_size.png", "random, O_DIRECT, libaio, depth 8", "block size, KiB",
          [size // KiB for size in BLOCKS_BYTES], [(size, 8) for size in BLOCKS_BYTES], True),
         ("fio_depth.png", "4 KiB random, O_DIRECT, libaio", "requests in flight",
          list(DEPTHS), [(4 * KiB, depth) for depth in DEPTHS], False),
     ):  # fmt: skip
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        lines = {}
         for row, found in curves(where, seconds, points).items():
-            heights = [
+            lines[row] = heights = [
                 None if f is None else (f.bytes_per_s / 1e6 if by_bytes else f.iops) for f in found
             ]
             told = ", ".join("-" if height is None else f"{height:.0f}" for height in heights)
             print(f"{file_name}: {row}: {told}", flush=True)
-            style = "-o" if row.endswith("read") else "--s"
-            axes.plot(values, [h or float("nan") for h in heights], style, label=row, markersize=4)
-        axes.set(
-            xscale="log", yscale="log", xlabel=label, title=title,
-            ylabel="MB/s" if by_bytes else "requests per second",
-        )  # fmt: skip
-        axes.set_xticks(values, [str(value) for value in values])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        figure.savefig(target / file_name, dpi=110)
-        pyplot.close(figure)
+        y_label = "MB/s" if by_bytes else "requests per second"
+        draw_panels([Panel(title, label, y_label, values, lines)], target / file_name)
 
 
 def main() -> None:
@@ -257,7 +188,7 @@ def main() -> None:
             print(f"{'':20}{'emberfs':>13} {'local':>8}{'ratio':>8}{'C FUSE':>9}{'ratio':>8}"
                   f"{'p99, ms':>10}")  # fmt: skip
             for name in wanted:
-                measure(cluster, where, name, options.seconds)
+                run_job(cluster, where, name, options.seconds)
             if options.plots is not None:
                 draw(where, options.seconds, options.plots)
 

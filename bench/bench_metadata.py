@@ -24,7 +24,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from measure import memory_mib
+
 from emberfs.client.blocking import Client
 from integration.harness import LocalCluster, local_cluster, run, wait_until
 
@@ -71,10 +72,12 @@ STEPS = (
 )  # fmt: skip
 
 
-def worker(directory: Path, files: int, start: Barrier, done: Barrier) -> None:
+def worker(
+    directory: Path, files: int, steps: tuple[Step, ...], start: Barrier, done: Barrier
+) -> None:
     """Perform every step when told to; all processes begin each together."""
     directory.mkdir()
-    for step in STEPS:
+    for step in steps:
         start.wait(STEP_TIMEOUT_S)
         for n in range(1 if step.once else files):
             step.work(directory, n)
@@ -82,20 +85,24 @@ def worker(directory: Path, files: int, start: Barrier, done: Barrier) -> None:
 
 
 def rates(
-    root: Path, processes: int, files: int, around: Callable[[], dict[str, float]] | None = None
+    root: Path,
+    processes: int,
+    files: int,
+    around: Callable[[], dict[str, float]] | None = None,
+    steps: tuple[Step, ...] = STEPS,
 ) -> Iterator[tuple[str, float, dict[str, float]]]:
     """Yield (step, operations per second of all processes, CPU us per operation by process)."""
     root.mkdir()
     start, done = FORK.Barrier(processes + 1), FORK.Barrier(processes + 1)
     crowd = [
-        FORK.Process(target=worker, args=(root / f"p{i}", files, start, done), daemon=True)
+        FORK.Process(target=worker, args=(root / f"p{i}", files, steps, start, done), daemon=True)
         for i in range(processes)
     ]
     for one in crowd:
         one.start()
     time.sleep(0.3)
     try:
-        for step in STEPS:
+        for step in steps:
             time.sleep(step.pause_s)
             before, began = around() if around else {}, time.perf_counter()
             start.wait(STEP_TIMEOUT_S)
@@ -156,15 +163,6 @@ def round_trip_us(mount: Path, count: int = 3000) -> float:
     for _ in range(count):
         os.stat(path)
     return (time.perf_counter() - began) / count * 1e6
-
-
-def memory_mib(cluster: LocalCluster) -> dict[str, int]:
-    """Resident memory of every process."""
-    found = {}
-    for name in [*cluster.plan.service_names(), "fuse"]:
-        text = Path(f"/proc/{cluster.pid(name)}/status").read_text()
-        found[name] = int(text.partition("VmRSS:")[2].split()[0]) // 1024
-    return found
 
 
 def big_directory(cluster: LocalCluster, names: int) -> None:

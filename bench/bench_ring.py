@@ -8,47 +8,31 @@ python bench/bench_ring.py [--seconds 2]
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_cluster import FILE_BYTES, preadv_limit, random_offsets, report
+from measure import FILE_BYTES, Cpu, Pace, named, preadv_limit, random_offsets, report
 
 from emberfs.client.native.connection import Connection
-from emberfs.client.native.ring import Ring
+from emberfs.client.native.ring import Batch, Result, Ring
 from emberfs.proto.ids import KiB, MiB
 from integration.harness import LocalCluster, local_cluster
 
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-class Cpu:
-    """CPU seconds that processes have used since it was made."""
-
-    def __init__(self, cluster: LocalCluster) -> None:
-        names = ("fuse", *cluster.plan.storage_names())
-        self._pids = {name: cluster.pid(name) for name in names} | {"app": os.getpid()}
-        self._before = {name: self._used(pid) for name, pid in self._pids.items()}
-
-    @staticmethod
-    def _used(pid: int) -> float:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
-    def spent(self) -> dict[str, float]:
-        """By process; the storage processes together."""
-        found = {name: self._used(pid) - self._before[name] for name, pid in self._pids.items()}
-        storage = sum(value for name, value in found.items() if name.startswith("storage"))
-        return {"app": found["app"], "daemon": found["fuse"], "storage": storage}
+WARM_S = 0.3
 
 
 def read_loop(
-    cluster: LocalCluster, daemon: Connection, path: Path, block: int, depth: int, seconds: float
-) -> tuple[float, dict[str, float]]:
-    """Blocks per second, and CPU microseconds per block of each process."""
-    offsets = random_offsets(block)
+    cluster: LocalCluster,
+    daemon: Connection,
+    path: Path,
+    block: int,
+    depth: int,
+    seconds: float,
+    file_bytes: int = FILE_BYTES,
+    warm_s: float = WARM_S,
+) -> tuple[Pace, dict[str, float]]:
+    """Blocks in how long, and the CPU seconds that they took of each group of processes."""
+    offsets = random_offsets(block, file_bytes)
     ahead = 2 if depth > 1 else 1  # batches under way at a time, each half of the depth
     batch = max(depth // ahead, 1)
     region = daemon.region(block * batch * ahead)
@@ -59,7 +43,7 @@ def read_loop(
         ]
         place = 0
 
-        def begin(lane: int) -> object:
+        def begin(lane: int) -> Batch:
             nonlocal place
             wanted = []
             for sink in sinks[lane]:
@@ -67,25 +51,28 @@ def read_loop(
                 place += 1
             return ring.submit(0, wanted)
 
+        def check(results: list[Result]) -> None:
+            if results != [block] * batch:
+                raise OSError(f"short or failed reads: {results}")
+
         def run(until: float) -> int:
             count, lanes = 0, [begin(lane) for lane in range(ahead)]
             while time.perf_counter() < until:
                 for lane in range(ahead):
-                    results = ring.wait(lanes[lane])
-                    assert results == [block] * batch, results
+                    check(ring.wait(lanes[lane]))
                     count += batch
                     lanes[lane] = begin(lane)
             for batch_ in lanes:
-                ring.wait(batch_)
+                check(ring.wait(batch_))
+                count += batch
             return count
 
-        run(time.perf_counter() + 0.3)
+        run(time.perf_counter() + min(seconds, warm_s))
         cpu, began = Cpu(cluster), time.perf_counter()
-        count = run(began + seconds)
-        rate = count / (time.perf_counter() - began)
-        spent = {name: value * 1e6 / count for name, value in cpu.spent().items()}
+        pace = Pace(run(began + seconds), time.perf_counter() - began)
+        spent = cpu.spent()
     region.close()
-    return rate, spent
+    return pace, spent
 
 
 def main() -> None:
@@ -104,11 +91,11 @@ def main() -> None:
             for block, depths in (small, (64 * KiB, (16,)), large):
                 for depth in depths:
                     limit = preadv_limit(local, block)
-                    rate, spent = read_loop(cluster, daemon, path, block, depth, seconds)
-                    what = f"ring read {block // KiB} KiB random, depth {depth}"
-                    report(what, rate, "/s", limit, "one process's preadv loop")
-                    print(" " * 8 + "CPU us per block: "
-                          + ", ".join(f"{k} {v:.2f}" for k, v in spent.items()))  # fmt: skip
+                    pace, spent = read_loop(cluster, daemon, path, block, depth, seconds)
+                    what = f"ring read {named(block)} random, depth {depth}"
+                    report(what, pace.per_s, "/s", limit, "one process's preadv loop")
+                    each = (f"{k} {v * 1e6 / pace.count:.2f}" for k, v in spent.items())
+                    print(" " * 8 + "CPU us per block: " + ", ".join(each))
 
 
 if __name__ == "__main__":
