@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_cluster import FILE_BYTES, random_offsets
-from bench_ring import Cpu, read_loop
+from bench_ring import read_loop
+from measure import FILE_BYTES, Cpu, random_offsets
 
 from emberfs.client.native.connection import Connection
 from emberfs.proto.ids import KiB

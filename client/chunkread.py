@@ -155,11 +155,18 @@ class ChunkReader:
 
         Alone is also how a failure is dealt with, from the first replica on.
         """
-        place = self._choose(job)
+        place = self._joined(job) or self._choose(job)
         if place is None:
             return False
         job.place, job.version = place, self._routing.snapshot.chains[job.chain].version
         return await self._combiner.share(place.node, job)
+
+    def _joined(self, job: Job) -> ChainTarget | None:
+        """A replica at a node that a call is just being gathered for."""
+        for place in self.serving(job.chain):
+            if self._combiner.gathers_for(place.node) and self.cost(place.node) <= LEAN:
+                return place
+        return None
 
     async def _attempt_shared(self, jobs: list[Job]) -> list[bool]:
         """One call for jobs of several readers, that were given the same node."""

@@ -2,7 +2,8 @@
 
 A call costs both ends several times what a read of 4 KiB costs beside it: frames, system calls, two
 wake-ups. So reads are gathered for as long as every turn of the event loop brings another one, and
-leave as one call per node; no timer is waited for. A lone reader does not even wait for a turn.
+leave as one call per node, to few nodes (chunkread.py); no timer is waited for. A lone reader does
+not even wait for a turn.
 
 Invariant: a reader leaves only when no server may write to its memory any more. A shared call
 cannot be cancelled for one of its readers; a reader that is cancelled waits for its end, which the
@@ -44,6 +45,10 @@ class Combiner(Generic[Work]):
         self._arrived = 0
         self._watching = False  # a look at the next turn is scheduled
         self._tasks = TaskSet()
+
+    def gathers_for(self, node: NodeId) -> bool:
+        """Tell whether a call to a node is being gathered."""
+        return node in self._gathering
 
     async def share(self, node: NodeId, work: Work) -> bool:
         """Tell whether it is done. If not, nobody came along, or it failed: do it alone."""

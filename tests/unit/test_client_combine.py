@@ -6,6 +6,7 @@ import time
 import pytest
 
 from emberfs.client import chunkread
+from emberfs.client.combine import Combiner
 from emberfs.fabric.region import Region
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS
@@ -39,10 +40,34 @@ def test_readers_at_the_same_time_share_calls(transport, tmp_path):
         put(world, 0, pattern(READERS * 1000 + SIZE))
         io = chunkio_of(world)
         assert await many(io, world) == expected()
-        assert calls_of(world) <= 1 + len(world.storage)  # the first one did not wait
+        # The first one did not wait; the others went along with who had been there before them.
+        assert calls_of(world) == 2
 
     endpoint = (lambda node: f"shm://{tmp_path}/{node.id}") if transport == "shm" else None
     run(test, endpoint=endpoint)
+
+
+def test_who_is_much_busier_is_not_joined(monkeypatch):
+    async def test(world):
+        put(world, 0, pattern(READERS * 1000 + SIZE))
+        io = chunkio_of(world)
+        asked = []
+        share = Combiner.share
+
+        def gathered(self, node, work):
+            asked.append(node)
+            return share(self, node, work)
+
+        def cost(reader, node):
+            return 9 if node in asked[:1] else 0
+
+        monkeypatch.setattr(Combiner, "share", gathered)
+        monkeypatch.setattr(chunkread.ChunkReader, "cost", cost)
+        assert await many(io, world) == expected()
+        assert asked.count(asked[0]) == 1
+        assert len(set(asked)) == 2  # one of the others gathers the rest
+
+    run(test)
 
 
 def test_large_reads_do_not_wait_for_others():
