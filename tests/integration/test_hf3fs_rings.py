@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from hf3fs_library import compile_program, installed, opened
-from integration.harness import LocalCluster, wait_until
+from hf3fs_library import SOURCE, compile_program, installed, opened
+from integration.harness import LocalCluster, run, wait_until
 from integration.test_fio_ring import is_answering, ring_entries
 
 PROGRAM = Path(__file__).with_name("hf3fs_program.c")
+POSTED = Path(__file__).with_name("hf3fs_posted.c")
 KiB, MiB = 1 << 10, 1 << 20
 SIZE = 4 * MiB
 
@@ -131,6 +132,59 @@ def test_both_kinds_of_memory_in_one_ring(io: Any, shared: LocalCluster, place: 
         del writing, reading
     del wrapped
     foreign.close()
+
+
+def test_lengths_and_contents_are_the_mounts(io: Any, shared: LocalCluster, place: Path) -> None:
+    """What a ring has written, the kernel tells at once, and the other way round."""
+    mp = str(shared.mount)
+    with buffer(mp) as own, opened(io, place / "file") as fd:
+        reading, writing = io.make_ioring(mp, 4), io.make_ioring(mp, 4, False)
+        before = ring_entries(shared)
+        for end in (1000, 2000):
+            assert move(writing, own[:1000], False, fd, end - 1000) == 1000
+            assert os.fstat(fd).st_size == os.stat(place / "file").st_size == end
+        assert os.pread(fd, 10, 1995) == bytes(5)
+        os.pwrite(fd, b"abc", 100)
+        assert move(reading, own[:3], True, fd, 100) == 3
+        assert bytes_of(own[:3]) == b"abc"
+        os.ftruncate(fd, 50)
+        assert move(reading, own[:100], True, fd, 0) == 50
+        assert ring_entries(shared) - before == 4
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.parametrize("how", ["transfer", "benchmark"])
+def test_sequences_of_c_programs_in_sanitizers(
+    shared: LocalCluster, tmp_path: Path, how: str, sanitizer: str
+) -> None:
+    """Threads that wait, forked workers, rings that nobody destroys."""
+    iovs = shared.mount / "3fs-virt" / "iovs"
+    iovs.mkdir(parents=True)
+    program, directory = tmp_path / "posted", shared.mount / f"{how}-{sanitizer}"
+    directory.mkdir()
+    include = SOURCE / "hf3fs_py_usrbio" / "include"
+    sources = [path for path in (SOURCE / "native").glob("*.c") if path.name != "window.c"]
+    flags = ["-std=gnu11", "-g", "-O1", f"-fsanitize={sanitizer}", "-pthread"]
+    run("gcc", *flags, f"-I{include}", POSTED, *sources, "-o", program)
+    before = ring_entries(shared)
+    leaks = "detect_leaks=" + ("1" if how == "transfer" else "0")
+    settings = {"TSAN_OPTIONS": "die_after_fork=0:halt_on_error=1", "ASAN_OPTIONS": leaks}
+    try:
+        done = subprocess.run(
+            [program, how, directory, shared.mount],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (
+            ring_entries(shared) - before == {"transfer": 16 * 8, "benchmark": 3 * 2 * 16 * 8}[how]
+        )
+    finally:
+        iovs.rmdir()
+        iovs.parent.rmdir()
 
 
 def test_errors_and_files_that_rings_do_not_take(
@@ -313,7 +367,8 @@ def test_a_killed_program_leaves_nothing(io: Any, shared: LocalCluster, place: P
     (place / "file").write_bytes(b"y" * SIZE)
     with busy_child(mp, place / "file"):  # warm
         pass
-    sweep = f"import sys; sys.path[:0] = {[str(Path(__file__).parent.parent), str(installed())]!r}\n"
+    path = [str(Path(__file__).parent.parent), str(installed())]
+    sweep = f"import sys; sys.path[:0] = {path!r}\n"
     sweep += f"from integration import test_hf3fs_rings as t\nwith t.buffer({mp!r}): pass"
     subprocess.run([sys.executable, "-c", sweep], timeout=60, check=True)
     fds, names = fds_of(shared), notes()
