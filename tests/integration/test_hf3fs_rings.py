@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import importlib
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.shared_memory import SharedMemory
@@ -359,6 +361,44 @@ def test_another_process_opens_the_buffer_by_its_id(
         assert open_by_id(at, ident, mp.encode(), SIZE, 0, -1) == -errno.ENOENT
     with buffer(mp):
         pass
+
+
+def test_notes_that_are_not_to_be_followed(io: Any, shared: LocalCluster) -> None:
+    """A stranger's leads to whatever he likes; one that is old, to what has the number now."""
+    described = importlib.import_module("hf3fs_py_usrbio._library")
+    mp, ident = str(shared.mount), uuid.uuid4()
+    note = Path(f"/dev/shm/emberfs-iov-{ident}.region")
+    link = Path(f"/dev/shm/emberfs-hf3fs-{os.geteuid()}", str(ident))
+    region = os.memfd_create("region", os.MFD_ALLOW_SEALING)
+    plain = os.memfd_create("plain")
+    for fd in (region, plain):
+        os.ftruncate(fd, 4096)
+    fcntl.fcntl(region, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+
+    def opens(fd: int, inode: int, owner: int) -> int:
+        note.write_text(f"emberfs region {os.getpid()} {fd} {inode}\n")
+        os.chown(note, owner, owner)
+        iov = described.Iov()
+        at = ctypes.c_void_p(ctypes.addressof(iov))
+        size = ctypes.c_size_t(4096)
+        problem = described.lib.hf3fs_iovopen(
+            at, ident.bytes, mp.encode(), size, ctypes.c_size_t(0), -1
+        )
+        described.lib.hf3fs_iovdestroy(at)
+        return int(problem)
+
+    try:
+        with buffer(mp):  # makes the directory of links
+            link.symlink_to(note)
+        assert opens(region, os.fstat(region).st_ino, 0) == 0
+        assert opens(region, os.fstat(region).st_ino, 65534) == -errno.EPERM
+        assert opens(region, os.fstat(region).st_ino + 1, 0) == -errno.ENOENT
+        assert opens(plain, os.fstat(plain).st_ino, 0) == -errno.ENOENT  # may become smaller
+    finally:
+        for path in (link, note):
+            path.unlink(missing_ok=True)
+        os.close(region)
+        os.close(plain)
 
 
 def test_a_killed_program_leaves_nothing(io: Any, shared: LocalCluster, place: Path) -> None:
