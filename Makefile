@@ -34,7 +34,7 @@ $(VENV)/installed-test: $(INPUTS)
 	@touch $(VENV)/installed $@
 
 hf3fs: $(VENV)/installed       ## install what programs of 3FS import and link against (docs/hf3fs.md)
-	@build=$$(mktemp -d) && trap 'rm -r "$$build"' EXIT && cp -r deploy/hf3fs "$$build" && \
+	@build=$$(mktemp -d) && trap 'rm -r "$$build"' EXIT && cp -rL deploy/hf3fs "$$build" && \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps "$$build/hf3fs"
 
 test: check                    ## the whole test suite: checks, unit, simulation, model, fuzz, real processes

@@ -19,7 +19,9 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#ifndef PUBLIC /* who compiles this into a library of its own may hide the names */
 #define PUBLIC __attribute__((visibility("default")))
+#endif
 
 enum { VERSION = 1, HELLO = 1, REGION, FORGET_REGION, FILE_, FORGET_FILE, RING, FORGET_RING };
 enum { SQ_TAIL = 64, SLEEPS = 192, CQ_TAIL = 256, CQ_HEAD = 320, WAITS = 384, WANT = 388 };

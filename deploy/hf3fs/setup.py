@@ -7,7 +7,12 @@ from setuptools.command.build_ext import build_ext
 
 LIBRARY = "libhf3fs_api_shared.so"  # programs look for exactly this name, in the file and in it
 SOURCES = sorted(str(path) for path in Path("native").glob("*.c") if path.name != "window.c")
-HEADERS = [*map(str, Path("native").glob("*.h")), "hf3fs_py_usrbio/include/hf3fs_usrbio.h"]
+# native/emberfs are links to the files of emberfs itself; client.c includes them.
+HEADERS = [
+    *map(str, Path("native").glob("*.h")),
+    *map(str, Path("native/emberfs").iterdir()),
+    "hf3fs_py_usrbio/include/hf3fs_usrbio.h",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 

@@ -63,9 +63,11 @@ def failure(expected: int, call: Any, *arguments: Any, **named: Any) -> None:
     assert caught.value.strerror == os.strerror(expected)
 
 
-@pytest.mark.parametrize("how", ["", "one thread", "no threads", "address,undefined", "thread"])
+@pytest.mark.parametrize(
+    "how", ["", "mount", "one thread", "no threads", "address,undefined", "thread"]
+)
 def test_a_c_program(place: Path, mp: str, tmp_path: Path, how: str) -> None:
-    """Everything that the header says, also where threads are few, and inside of sanitizers."""
+    """Everything that the header says: on rings and without, with few threads, in sanitizers."""
     sanitizer = how if how in ("address,undefined", "thread") else ""
     program = tmp_path / "program"
     if sanitizer:
@@ -78,10 +80,12 @@ def test_a_c_program(place: Path, mp: str, tmp_path: Path, how: str) -> None:
         compile_program(PROGRAM, program, "-std=gnu11", "-O2", *without)
     # One: most I/O has not started when its ring is destroyed.
     few = how in ("one thread", "address,undefined")
-    threads = {"EMBERFS_HF3FS_THREADS": "1"} if few else {}
+    settings = {"EMBERFS_HF3FS_THREADS": "1"} if few else {}
+    if how == "mount":
+        settings["EMBERFS_HF3FS_RINGS"] = "0"
     done = subprocess.run(
         [program, place, mp],
-        env={**os.environ, **threads, "TSAN_OPTIONS": "die_after_fork=0:halt_on_error=1"},
+        env={**os.environ, **settings, "TSAN_OPTIONS": "die_after_fork=0:halt_on_error=1"},
         capture_output=True,
         text=True,
         timeout=150,

@@ -12,10 +12,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "daemons.h"
 
 #define MEMORY_DIRECTORY "/dev/shm"
 #define MEMORY_PREFIX "emberfs-iov-"
+#define NOTE_SUFFIX ".region" /* a note, see notes.c, in place of the memory */
 #define ATTEMPTS 16
 #define RESERVE_ATTEMPTS 1000
 
@@ -23,7 +24,9 @@ struct buffer {
   bool owner;
   pid_t pid;   /* a forked child does not take the parent's names away */
   int lock_fd; /* its shared lock says that somebody lives who uses the memory */
-  char memory[sizeof MEMORY_DIRECTORY + sizeof MEMORY_PREFIX + UUID_TEXT_BYTES];
+  struct shared_memory *shared; /* NULL: the memory is a file of ours */
+  char memory[sizeof MEMORY_DIRECTORY + sizeof MEMORY_PREFIX + UUID_TEXT_BYTES +
+              sizeof NOTE_SUFFIX];
   char link[PATH_MAX];
 };
 
@@ -101,21 +104,23 @@ static bool reserve(int fd, size_t size) {
   return false;
 }
 
-/* Returns the descriptor of fresh memory of that size, locked; -errno. All of it is reserved now:
- * /dev/shm may be small, and who touched what is not there would be killed. */
+/* Returns the descriptor of fresh memory of that size, or of a note of shared memory, locked; or
+ * -errno. All of it is reserved now: /dev/shm may be small, and who touched what is not there would
+ * be killed. */
 static int make_memory(struct buffer *buffer, uint8_t id[16], size_t size) {
   char text[UUID_TEXT_BYTES];
   for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
     struct stat made;
     make_uuid(id);
     format_uuid(id, text);
-    snprintf(buffer->memory, sizeof buffer->memory, MEMORY_DIRECTORY "/" MEMORY_PREFIX "%s", text);
+    snprintf(buffer->memory, sizeof buffer->memory, MEMORY_DIRECTORY "/" MEMORY_PREFIX "%s%s", text,
+             buffer->shared ? NOTE_SUFFIX : "");
     int fd = open(buffer->memory, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0 && errno == EEXIST) continue;
     if (fd < 0) return -EIO;
     /* Somebody's sweep may have come between: then the name is gone, and we take another. */
     bool ours = flock(fd, LOCK_SH | LOCK_NB) == 0 && fstat(fd, &made) == 0 && made.st_nlink > 0;
-    if (ours && reserve(fd, size)) return fd;
+    if (ours && (buffer->shared ? write_note(fd, buffer->shared) : reserve(fd, size))) return fd;
     if (ours) unlink(buffer->memory);
     close(fd);
     if (ours) return -EIO;
@@ -123,14 +128,17 @@ static int make_memory(struct buffer *buffer, uint8_t id[16], size_t size) {
   return -EIO;
 }
 
-/* Map and note; closes fd on failure. */
-static int finish(struct hf3fs_iov *iov, struct buffer *buffer, int fd, size_t size) {
-  void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+/* Map, unless a daemon's memory is mapped already, and note; closes lock_fd on failure. */
+static int finish(struct hf3fs_iov *iov, struct buffer *buffer, int lock_fd, int memory_fd,
+                  size_t size) {
+  void *base = buffer->shared
+                   ? buffer->shared->region.base
+                   : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd, 0);
   if (base == MAP_FAILED) {
-    close(fd);
+    close(lock_fd);
     return -EIO;
   }
-  buffer->lock_fd = fd;
+  buffer->lock_fd = lock_fd;
   buffer->pid = getpid();
   iov->base = base;
   iov->iovh = buffer;
@@ -151,7 +159,7 @@ static int create(struct hf3fs_iov *iov, struct buffer *buffer, const char *moun
   }
   describe(iov, NULL, id, mount_point, size, block_size, numa);
   buffer->owner = true;
-  problem = finish(iov, buffer, fd, size);
+  problem = finish(iov, buffer, fd, fd, size);
   if (problem) {
     unlink(buffer->link);
     unlink(buffer->memory);
@@ -166,7 +174,31 @@ EXPORTED int hf3fs_iovcreate(struct hf3fs_iov *iov, const char *mount_point, siz
   pthread_once(&once, sweep_all);
   struct buffer *buffer = calloc(1, sizeof *buffer);
   if (!buffer) return -ENOMEM;
+  buffer->shared = share_memory(mount_point, size);
   int problem = create(iov, buffer, mount_point, size, block_size, numa);
+  if (problem && buffer->shared) unshare_memory(buffer->shared);
+  if (problem) free(buffer);
+  return problem;
+}
+
+static bool is_note(const char *path) {
+  size_t length = strlen(path), suffix = strlen(NOTE_SUFFIX);
+  return length > suffix && strcmp(path + length - suffix, NOTE_SUFFIX) == 0;
+}
+
+/* Map what somebody else has made; lock_fd is the buffer's. */
+static int open_memory(struct hf3fs_iov *iov, int lock_fd, int memory_fd, size_t size) {
+  struct stat found;
+  if (fstat(memory_fd, &found) != 0 || !S_ISREG(found.st_mode) || (uint64_t)found.st_size < size) {
+    close(lock_fd);
+    return -EINVAL;
+  }
+  struct buffer *buffer = calloc(1, sizeof *buffer);
+  if (!buffer) {
+    close(lock_fd);
+    return -ENOMEM;
+  }
+  int problem = finish(iov, buffer, lock_fd, memory_fd, size);
   if (problem) free(buffer);
   return problem;
 }
@@ -181,21 +213,17 @@ EXPORTED int hf3fs_iovopen(struct hf3fs_iov *iov, const uint8_t id[16], const ch
   if (strncmp(memory, MEMORY_DIRECTORY "/", sizeof MEMORY_DIRECTORY) != 0) return -EINVAL;
   int fd = open(memory, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
   if (fd < 0) return -errno;
-  struct stat found;
-  if (fstat(fd, &found) != 0 || !S_ISREG(found.st_mode) || (uint64_t)found.st_size < size) {
-    close(fd);
-    return -EINVAL;
-  }
   flock(fd, LOCK_SH | LOCK_NB); /* in use: a sweep leaves it alone */
-  struct buffer *buffer = calloc(1, sizeof *buffer);
-  if (!buffer) {
-    close(fd);
-    return -ENOMEM;
-  }
-  describe(iov, NULL, id, mount_point, size, block_size, numa);
-  problem = finish(iov, buffer, fd, size);
-  if (problem) free(buffer);
-  return problem;
+  int memory_fd = is_note(memory) ? open_noted(fd) : fd;
+  if (memory_fd < 0) close(fd);
+  problem = memory_fd < 0 ? memory_fd : open_memory(iov, fd, memory_fd, size);
+  if (memory_fd >= 0 && memory_fd != fd) close(memory_fd);
+  if (problem) return problem;
+  struct buffer *buffer = iov->iovh;
+  void *base = iov->base;
+  describe(iov, base, id, mount_point, size, block_size, numa);
+  iov->iovh = buffer;
+  return 0;
 }
 
 EXPORTED int hf3fs_iovwrap(struct hf3fs_iov *iov, void *base, const uint8_t id[16],
@@ -221,7 +249,10 @@ EXPORTED void hf3fs_iovdestroy(struct hf3fs_iov *iov) {
     unlink(buffer->link);
     unlink(buffer->memory);
   }
-  munmap(iov->base, iov->size);
+  if (buffer->shared)
+    unshare_memory(buffer->shared);
+  else
+    munmap(iov->base, iov->size);
   close(buffer->lock_fd);
   free(buffer);
   iov->base = NULL;

@@ -26,15 +26,15 @@ struct engine_io {
   struct engine_io *next;
   struct engine_queue *queue; /* the engine's */
 
-  /* The ring's: the engine leaves them alone. */
+  /* The ring's: the engine does not change them. */
   struct registered_file *file;
   const void *userdata;
   int32_t index;
 };
 
 struct engine {
-  /* NULL: no memory. */
-  struct engine_queue *(*open)(enum engine_priority priority);
+  /* For I/Os with an index below `entries`. NULL: no memory. */
+  struct engine_queue *(*open)(enum engine_priority priority, int entries);
   /* Start a list of I/Os, linked by next. Always accepted: a ring bounds what is in flight. */
   void (*submit)(struct engine_queue *queue, struct engine_io *batch);
   /* Wait until at least `least` results are there or the deadline (CLOCK_REALTIME, NULL: none) has
@@ -52,5 +52,7 @@ struct engine {
 
 /* preadv and pwritev on the mount from a few threads. */
 extern const struct engine engine_pool;
+/* Rings of the mount's daemon where they can, and engine_pool for all else. */
+extern const struct engine engine_shared;
 
 #endif

@@ -159,7 +159,8 @@ static bool start_thread(void) {
   return started;
 }
 
-static struct engine_queue *pool_open(enum engine_priority priority) {
+static struct engine_queue *pool_open(enum engine_priority priority, int entries) {
+  (void)entries;
   pthread_once(&once, start_empty);
   struct engine_queue *queue = calloc(1, sizeof *queue);
   if (!queue) return NULL;

@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "daemons.h"
 
 #define RANGES_MAX 1000
 #define PIECE_BYTES (1u << 20)
@@ -60,6 +60,7 @@ struct registered_file *take_released(void) {
 void close_files(struct registered_file *files) {
   for (struct registered_file *file = files, *next; file; file = next) {
     next = file->next;
+    forget_file(file);
     if (file->io_fd != file->handle) close(file->io_fd);
     close(file->handle);
     free(file);
@@ -133,7 +134,10 @@ EXPORTED int hf3fs_reg_fd(int fd, uint64_t flags) {
   if (!file) return ENOMEM;
   prepare_process();
   *file = (struct registered_file){
-      .fd = fd, .access = opened_flags & O_ACCMODE, .references = 1};
+      .fd = fd,
+      .access = opened_flags & O_ACCMODE,
+      .synchronous = opened_flags & (O_SYNC | O_DSYNC),
+      .references = 1};
   int problem = open_for_io(file, opened_flags);
   if (problem) {
     free(file);

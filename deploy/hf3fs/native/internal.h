@@ -26,13 +26,17 @@ void format_uuid(const uint8_t id[16], char text[UUID_TEXT_BYTES]);
 int link_directory(const char *mount_point, bool make, char *path, size_t size);
 
 /* files.c: find and release with the state lock held. */
+struct daemon;
 struct registered_file {
   int fd;         /* the application's */
   int handle;     /* our duplicate, and the second name of the file */
   int io_fd;      /* the one I/O uses: handle, or one without O_APPEND */
   int access;     /* O_RDONLY, O_WRONLY, O_RDWR */
+  bool synchronous; /* O_SYNC: each write is to be durable, which only the kernel sees to */
   int references; /* registration, and I/Os */
   struct registered_file *next;
+  struct daemon *daemon; /* daemons.c's: who knows the file ... */
+  int64_t number;        /* ... as this; 0 or less: it refused it */
 };
 struct registered_file *find_file(int fd);
 void release_file(struct registered_file *file);
@@ -44,6 +48,11 @@ void close_files(struct registered_file *files);
 void lock_state(void);
 void unlock_state(void);
 void prepare_process(void); /* once per process: what fork needs */
+
+/* notes.c: files that say where memory of a daemon is; who has found one opens the memory. */
+struct shared_memory;
+bool write_note(int fd, const struct shared_memory *memory);
+int open_noted(int fd); /* the memory's descriptor, or -errno */
 
 /* rings.c */
 void reset_rings_of_child(void);

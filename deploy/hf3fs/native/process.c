@@ -15,16 +15,19 @@ void unlock_state(void) {
 
 static void before_fork(void) {
   lock_state();
+  engine_shared.fork_prepare();
   engine_pool.fork_prepare();
 }
 
 static void in_parent(void) {
   engine_pool.fork_parent();
+  engine_shared.fork_parent();
   unlock_state();
 }
 
 static void in_child(void) {
   engine_pool.fork_child();
+  engine_shared.fork_child();
   reset_rings_of_child();
   unlock_state();
 }

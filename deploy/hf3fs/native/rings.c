@@ -55,10 +55,11 @@ EXPORTED size_t hf3fs_ior_size(int entries) {
 static struct ring *make_ring(int entries, bool for_read, int priority, void *memory) {
   struct ring *ring = calloc(1, sizeof *ring);
   if (!ring) return NULL;
-  ring->engine = &engine_pool;
+  ring->engine = &engine_shared;
   ring->queue = ring->engine->open(priority < 0   ? PRIORITY_HIGH
                                    : priority > 0 ? PRIORITY_LOW
-                                                  : PRIORITY_NORMAL);
+                                                  : PRIORITY_NORMAL,
+                                   entries);
   if (!ring->queue) {
     free(ring);
     return NULL;

@@ -65,7 +65,8 @@ bool hf3fs_is_hf3fs(int fd);
  * more than size bytes. -1: the path is not on such a mount, or does not exist. */
 int hf3fs_extract_mount_point(char *hf3fs_mount_point, int size, const char *path);
 
-/* Makes a buffer in shared memory. -EINVAL: bad argument; -ENOENT: not a mount; -EIO: not enough
+/* Makes a buffer in shared memory: the mount's daemon's, if it has rings, which is the fastest way
+ * for I/O; else in /dev/shm. -EINVAL: bad argument; -ENOENT: not a mount; -EIO: not enough
  * shared memory. */
 int hf3fs_iovcreate(struct hf3fs_iov *iov, const char *hf3fs_mount_point, size_t size,
                     size_t block_size, int numa);

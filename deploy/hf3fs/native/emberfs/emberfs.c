@@ -1,0 +1,1 @@
+../../../../client/native/emberfs.c
