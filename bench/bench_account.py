@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_ring import read_loop
-from measure import FILE_BYTES, Cpu, random_offsets
+from measure import FILE_BYTES, Cpu, Pace, random_offsets
 
 from emberfs.client.native.connection import Connection
 from emberfs.proto.ids import KiB
@@ -68,7 +68,7 @@ def shares(recording: Path) -> dict[str, float]:
 
 
 def watched(
-    cluster: LocalCluster, seconds: float, work: Callable[[], tuple[float, dict[str, float]]]
+    cluster: LocalCluster, seconds: float, work: Callable[[], tuple[Pace, dict[str, float]]]
 ) -> None:
     """Do some work, print its rate and the account of the servers' CPU time per read."""
     names = {"daemon": ["fuse"], "storage": cluster.plan.storage_names()}
@@ -84,10 +84,11 @@ def watched(
             )
             for name, services in names.items()
         ]  # fmt: skip
-        rate, spent = work()
+        pace, used_s = work()
+        spent = {name: value * 1e6 / pace.count for name, value in used_s.items()}
         for one in recording:
             one.wait()
-        print(f"    {rate:,.0f} reads/s; application {spent['app']:.1f} us")
+        print(f"    {pace.per_s:,.0f} reads/s; application {spent['app']:.1f} us")
         for name in names:
             parts = sorted(shares(recordings[name]).items(), key=lambda part: -part[1])
             each = ", ".join(
@@ -98,7 +99,7 @@ def watched(
 
 def through_fuse(
     cluster: LocalCluster, path: Path, readers: int, seconds: float
-) -> tuple[float, dict[str, float]]:
+) -> tuple[Pace, dict[str, float]]:
     """O_DIRECT reads of 4 KiB by threads of this process."""
     offsets = random_offsets(BLOCK)
     counts = [0] * readers
@@ -120,8 +121,7 @@ def through_fuse(
         thread.start()
     for thread in threads:
         thread.join()
-    took, count = time.perf_counter() - began, sum(counts)
-    return count / took, {name: value * 1e6 / count for name, value in cpu.spent().items()}
+    return Pace(sum(counts), time.perf_counter() - began), cpu.spent()
 
 
 def main() -> None:
