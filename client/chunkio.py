@@ -12,6 +12,7 @@ from emberfs.client.chunkwrite import ChunkWriter, Update
 from emberfs.client.gather import gather_all
 from emberfs.client.nodecalls import NodeCalls, Peers, RoutingView
 from emberfs.client.packedread import PackedReader
+from emberfs.client.unflushed import ChainVersions, lowest
 from emberfs.fabric.region import Buffer, length_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout, Piece, chunks_of, pieces
@@ -77,30 +78,36 @@ class ChunkIO:
         data: Buffer,
         *,
         timeout_ns: int = TIMEOUT_NS,
-    ) -> None:
-        """Write at `offset` (bytes); on return every chain has committed.
+    ) -> ChainVersions:
+        """Write at `offset` (bytes); on return every chain has committed. See `flush`.
 
         `data` must not change before. On an error other pieces may have been written.
         """
-        await gather_all(
-            [
-                self._writer.update(_write_of(inode, piece, layout, data), timeout_ns)
-                for piece in pieces(inode, layout, offset, length_of(data))
-            ]
-        )
+        updates = [
+            _write_of(inode, piece, layout, data)
+            for piece in pieces(inode, layout, offset, length_of(data))
+        ]
+        return await self._perform(updates, timeout_ns)
+
+    async def _perform(self, updates: Sequence[Update], timeout_ns: int) -> ChainVersions:
+        answers = await gather_all([self._writer.update(one, timeout_ns) for one in updates])
+        done = zip(updates, answers, strict=True)
+        return lowest((update.chain, answer.chain_version) for update, answer in done)
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
-    ) -> list[ChainId]:
+    ) -> ChainVersions:
         """Remove all chunks of a file from `first_index` on; `timeout_ns` bounds each call.
 
-        Returns the chains where there were any: until they are flushed, a power cut may undo it.
+        Names the chains where there were any, see `flush`: until then a power cut may undo it.
         """
-        chains = sorted(set(layout.chains))
         removed = await gather_all(
-            [self._remove_on(chain, inode, layout, first_index, timeout_ns) for chain in chains]
+            [
+                self._remove_on(chain, inode, layout, first_index, timeout_ns)
+                for chain in sorted(set(layout.chains))
+            ]
         )
-        return [chain for chain, count in zip(chains, removed, strict=True) if count]
+        return lowest(mark for some in removed for mark in some.items())
 
     async def truncate_chunk(
         self,
@@ -109,10 +116,10 @@ class ChunkIO:
         index: int,
         length: int,
         timeout_ns: int = TIMEOUT_NS,
-    ) -> list[ChainId]:
+    ) -> ChainVersions:
         """Cut one chunk to `length` bytes if it exists and is longer; never creates it.
 
-        Returns its chain if it was cut, see remove_chunks.
+        Names its chain if it was cut, see remove_chunks.
         """
         chain = layout.chains[index % len(layout.chains)]
         chunk = pack_chunk_id(chunks_of(inode, layout), index)
@@ -120,9 +127,8 @@ class ChunkIO:
         # A pending version may be longer than what is committed; the update waits behind it.
         if rows and (rows[0].length > length or rows[0].pending):
             update = Update(chain, chunk, UpdateKind.TRUNCATE, 0, length, layout.chunk_bytes)
-            await self._writer.update(update, timeout_ns)
-            return [chain]
-        return []
+            return await self._perform([update], timeout_ns)
+        return {}
 
     async def end_of(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int = TIMEOUT_NS
@@ -187,25 +193,25 @@ class ChunkIO:
             first = InodeId(found[-1] + 1)
         return found
 
-    async def flush(self, chains: Iterable[ChainId], timeout_ns: int = TIMEOUT_NS) -> None:
-        """Everything committed on these chains is on stable storage of every replica on return."""
-        await self._writer.flush(sorted(set(chains)), timeout_ns)
+    async def flush(self, chains: Iterable[ChainId], timeout_ns: int = TIMEOUT_NS) -> ChainVersions:
+        """What these chains have committed is on stable storage of every replica on return.
+
+        Updates tell at which version of its chain they were acknowledged (where there were several,
+        the lowest). What this returns for the chain must not be higher: it is the version at which
+        all replicas had lost what was not flushed. See unflushed.py.
+        """
+        return await self._writer.flush(sorted(set(chains)), timeout_ns)
 
     async def _remove_on(
         self, chain: ChainId, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> int:
-        """Remove what is listed until nothing is; returns how many chunks that were."""
+    ) -> ChainVersions:
+        """Remove what is listed until nothing is; empty if there was nothing."""
         start, stop = file_chunk_range(chunks_of(inode, layout), first_index)
-        count = 0
+        removed: list[ChainVersions] = []
         while rows := await self._writer.rows(chain, start, stop, LIST_ROWS, timeout_ns):
-            await gather_all(
-                [
-                    self._writer.update(_remove_of(row.chunk, chain, layout), timeout_ns)
-                    for row in rows
-                ]
-            )
-            count += len(rows)
-        return count
+            updates = [_remove_of(row.chunk, chain, layout) for row in rows]
+            removed.append(await self._perform(updates, timeout_ns))
+        return lowest(mark for some in removed for mark in some.items())
 
 
 def _write_of(inode: InodeId, piece: Piece, layout: Layout, data: Buffer) -> Update:

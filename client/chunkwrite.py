@@ -33,6 +33,7 @@ from emberfs.proto.storage_calls import (
     LIST,
     UPDATE,
     ChunkRow,
+    FlushAnswer,
     FlushRequest,
     ListRequest,
     UpdateAnswer,
@@ -261,8 +262,13 @@ class ChunkWriter:
 
     # ------------------------------------------------------------ flush
 
-    async def flush(self, chains: Sequence[ChainId], timeout_ns: int) -> None:
-        """Flush every writable target of the chains; again those whose chain changed meanwhile."""
+    async def flush(
+        self, chains: Sequence[ChainId], timeout_ns: int
+    ) -> dict[ChainId, ChainVersion]:
+        """Flush every writable target of the chains; again those whose chain changed meanwhile.
+
+        Returns at which version each chain last lost what was not flushed, as a target knows best.
+        """
         patience = Patience(
             self._env,
             self._routing,
@@ -270,10 +276,10 @@ class ChunkWriter:
             timeout_ns=timeout_ns,
             attempt_ns=FLUSH_ATTEMPT_NS,
         )
-        left = set(chains)
+        left, lost = set(chains), dict.fromkeys(chains, ChainVersion(0))
         while left:
             snapshot = self._routing.snapshot
-            problem = await self._flush_once(snapshot, left, patience)
+            problem = await self._flush_once(snapshot, left, patience, lost)
             now = self._routing.snapshot
             if problem is not None:
                 metrics.RETRIES.labels(problem.code.name).inc()
@@ -282,15 +288,22 @@ class ChunkWriter:
             elif now.version != snapshot.version:
                 left = {c for c in left if now.chains.get(c) != snapshot.chains.get(c)}
             else:
-                return
+                break
+        return lost
 
     async def _flush_once(
-        self, snapshot: RoutingSnapshot, left: set[ChainId], patience: Patience
+        self,
+        snapshot: RoutingSnapshot,
+        left: set[ChainId],
+        patience: Patience,
+        lost: dict[ChainId, ChainVersion],
     ) -> EmberfsError | None:
         """One FLUSH per node; takes the chains that are flushed everywhere out of `left`.
 
-        Chains that moved while it ran stay in. Returns a cause if one failed.
+        Chains that moved while it ran stay in. Returns a cause if one failed. Raises in `lost` what
+        targets have told.
         """
+        chain_of: dict[TargetId, ChainId] = {}
         by_node: dict[NodeId, list[TargetId]] = {}
         for chain_id in left:
             try:
@@ -299,14 +312,22 @@ class ChunkWriter:
                 return problem
             for place in snapshot.chains[chain_id].writable():
                 by_node.setdefault(place.node, []).append(place.target)
+                chain_of[place.target] = chain_id
 
         def unmoved(now: RoutingSnapshot) -> bool:
             # A chain that moves is flushed again; whoever has left it may not answer for long.
             return all(now.chains.get(chain) == snapshot.chains[chain] for chain in left)
 
+        def heard(answer: FlushAnswer) -> None:
+            # A target of before `lost` was known names none: it has been told of none either.
+            for target, version in zip(answer.targets, answer.lost, strict=False):
+                chain = chain_of.get(target)
+                if chain is not None:
+                    lost[chain] = max(lost[chain], version)
+
         outcomes = await asyncio.gather(
             *(
-                self._flush_node(node, targets, patience, unmoved)
+                self._flush_node(node, targets, patience, unmoved, heard)
                 for node, targets in by_node.items()
             )
         )
@@ -326,19 +347,21 @@ class ChunkWriter:
         targets: list[TargetId],
         patience: Patience,
         still_good: Callable[[RoutingSnapshot], bool],
+        heard: Callable[[FlushAnswer], None],
     ) -> EmberfsError | None:
         for first in range(0, len(targets), FLUSH_TARGETS_MAX):
             part = tuple(sorted(targets)[first : first + FLUSH_TARGETS_MAX])
             body = FLUSH.encode_request(FlushRequest(targets=part))
             metrics.FLUSHES.inc()
             try:
-                await self._nodes.call(
+                reply = await self._nodes.call(
                     node,
                     FLUSH.number,
                     body,
                     timeout_ns=patience.attempt_ns(),
                     still_good=still_good,
                 )
+                heard(FLUSH.decode_answer(reply.body))
             except EmberfsError as problem:
                 return problem
         return None

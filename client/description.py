@@ -277,11 +277,13 @@ class OpenFile:
             if direct or self.direct:
                 await state.buffer.drain(offset, stop)
                 try:
-                    await self._services.chunkio.write(self.inode_id, state.layout, offset, source)
+                    acknowledged = await self._services.chunkio.write(
+                        self.inode_id, state.layout, offset, source
+                    )
                 except BaseException:
                     state.torn = True
                     raise
-                state.buffer.note_committed(offset, length)
+                state.buffer.note_committed(stop, acknowledged)
                 state.invalidate(offset, stop)  # what a prefetch read in between
             else:
                 await state.buffer.put(offset, view_of(source))

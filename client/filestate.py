@@ -166,7 +166,7 @@ class FileState:
         """True while a power cut may take what was written here, or a cut."""
         if self.small is not None and self.small.data.unstable:
             return True
-        return bool(self.buffer.touched) or self.unsettled or self.cut_unstable
+        return bool(self.buffer.unflushed) or self.unsettled or self.cut_unstable
 
     async def settle(
         self, session: SessionId, *, close: bool = False, durable: bool = False, want_stop: int = 0
@@ -271,14 +271,16 @@ class FileState:
             await self.settle(session)
 
     async def sync_data(self) -> None:
-        """All bytes written so far are on stable storage of every replica."""
+        """All bytes written so far are on stable storage of every replica.
+
+        Some may have been lost before, in a power cut of all: every description is told, once.
+        """
         await self.buffer.drain()
-        touched = dict(self.buffer.touched)
-        if touched:
-            await self._chunkio.flush(touched)
-            for chain, count in touched.items():
-                if self.buffer.touched.get(chain) == count:
-                    del self.buffer.touched[chain]
+        unflushed = self.buffer.unflushed
+        covered = unflushed.now()
+        if covered:
+            lost = await self._chunkio.flush(unflushed.chains)
+            self.buffer.note_flushed(covered, lost)
 
     async def fsync(self, session: SessionId, *, data_only: bool) -> None:
         """sync_data, then the attributes, or with `data_only` only the length."""

@@ -9,17 +9,18 @@ committed it or its error is remembered.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from emberfs.client import metrics
 from emberfs.client.chunkio import ChunkIO
 from emberfs.client.chunkread import part_of
 from emberfs.client.room import Room
+from emberfs.client.unflushed import ChainVersions, Mark, Unflushed
 from emberfs.fabric.buffers import BufferPool
 from emberfs.fabric.region import Buffer, Slice, view_of
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Layout, Piece, pieces
-from emberfs.proto.ids import SECOND, ChainId, InodeId, KiB, MiB
+from emberfs.proto.ids import SECOND, InodeId, KiB, MiB
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 
@@ -32,6 +33,7 @@ EXTENT_BYTES_FIRST = 16 * KiB  # of a write that continues nothing
 # How long buffered bytes wait for a cluster that does not answer before they are given up. Requests
 # of applications end earlier, with ETIMEDOUT; what they wrote is still on its way then.
 WRITE_BACK_TIMEOUT_NS = 600 * SECOND
+LOST_TEXT = "data written before the storage services lost power is gone; write it again"
 
 
 class WriteMemory:
@@ -114,7 +116,7 @@ class WriteBuffer:
         self._sending: dict[Extent, asyncio.Task[None]] = {}  # in the order of pushing
         self._last_stop = -1  # end of the last write: tells a stream
         self.committed_stop = 0  # highest end that storage has committed
-        self.touched: dict[ChainId, int] = {}  # chains with commits since the last fsync -> count
+        self.unflushed = Unflushed()  # commits since the last fsync
         self.errors = 0  # how many background writes were lost
         self.last_error: EmberfsError | None = None
         self.on_error: Callable[[], None] = lambda: None
@@ -251,8 +253,9 @@ class WriteBuffer:
     async def _send(self, extent: Extent) -> None:
         data = part_of(extent.buffer, 0, extent.length)
         problem: EmberfsError | None = None
+        acknowledged: ChainVersions = {}
         try:
-            await self._chunkio.write(
+            acknowledged = await self._chunkio.write(
                 self._inode, self.layout, extent.start, data, timeout_ns=WRITE_BACK_TIMEOUT_NS
             )
         except EmberfsError as found:
@@ -263,35 +266,37 @@ class WriteBuffer:
         finally:
             del self._sending[extent]
             if problem is None:
-                self.note_committed(extent.start, extent.length)
+                self.note_committed(extent.stop, acknowledged)
             else:
-                self._remember(extent, problem)
+                self._remember(problem)
+                self.on_error()
+                log.error(
+                    "inode %d: %d bytes at %d are lost: %s",
+                    self._inode,
+                    extent.length,
+                    extent.start,
+                    problem,
+                )
             self._memory.give(extent.buffer)
             self._release(extent.capacity)
             if not self:
                 self._memory.buffers.pop(self, None)
 
-    def note_committed(self, start: int, length: int) -> None:
+    def note_committed(self, stop: int, acknowledged: ChainVersions) -> None:
         """Storage has committed a range (also one that bypassed the buffer)."""
-        self.committed_stop = max(self.committed_stop, start + length)
-        layout = self.layout
-        first, last = start // layout.chunk_bytes, (start + length - 1) // layout.chunk_bytes
-        for index in range(first, min(last, first + len(layout.chains) - 1) + 1):
-            chain = layout.chains[index % len(layout.chains)]
-            self.touched[chain] = self.touched.get(chain, 0) + 1
+        self.committed_stop = max(self.committed_stop, stop)
+        self.unflushed.note(acknowledged)
 
-    def _remember(self, extent: Extent, problem: EmberfsError) -> None:
+    def note_flushed(self, covered: Mapping[Mark, int], lost: ChainVersions) -> None:
+        """Storage has flushed; what it had lost before that is told like a failed write."""
+        if self.unflushed.flushed(covered, lost):
+            self._remember(EmberfsError(Code.DISK, LOST_TEXT))
+            log.error("inode %d: what was not flushed is lost: %s", self._inode, lost)
+
+    def _remember(self, problem: EmberfsError) -> None:
         self.errors += 1
         self.last_error = problem
         metrics.WRITE_ERRORS.inc()
-        self.on_error()
-        log.error(
-            "inode %d: %d bytes at %d are lost: %s",
-            self._inode,
-            extent.length,
-            extent.start,
-            problem,
-        )
 
     async def drain(self, start: int = 0, stop: int = 1 << 63) -> None:
         """Push what overlaps a range and wait until storage has all of it (or it failed)."""

@@ -12,15 +12,16 @@ import logging
 from collections import deque
 from typing import NamedTuple
 
+from emberfs.client.unflushed import ChainVersions
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.kv.transactions import Engine
 from emberfs.meta import schema
 from emberfs.meta.metrics import DELETED, DELETED_WAITING
 from emberfs.meta.tenure import Tenure
-from emberfs.meta.trims import Chunks, Trims
+from emberfs.meta.trims import Chunks, Trims, make_stable
 from emberfs.proto.errors import EmberfsError
-from emberfs.proto.ids import MS, SECOND, ChainId, InodeId
+from emberfs.proto.ids import MS, SECOND, InodeId
 from emberfs.runtime.env import Env
 from emberfs.runtime.retry import Backoff
 from emberfs.runtime.tasks import TaskSet
@@ -120,16 +121,15 @@ class Collector:
     async def _collect_batch(self, rows: list[tuple[bytes, bytes]]) -> set[bytes]:
         gate = asyncio.Semaphore(FILES_AT_ONCE)
 
-        async def one(row: tuple[bytes, bytes]) -> tuple[bytes, list[ChainId]] | None:
+        async def one(row: tuple[bytes, bytes]) -> tuple[bytes, ChainVersions] | None:
             async with gate:
-                chains = await self._remove_chunks(row)
-                return None if chains is None else (row[0], chains)
+                removed = await self._remove_chunks(row)
+                return None if removed is None else (row[0], removed)
 
         removed = [found for found in await asyncio.gather(*map(one, rows)) if found is not None]
         done = {key for key, _ in removed}
-        touched = sorted({chain for _, chains in removed for chain in chains})
-        if touched:
-            await self._chunks.flush(touched, CHUNK_TIMEOUT_NS)
+        if not await make_stable(self._chunks, CHUNK_TIMEOUT_NS, *[some for _, some in removed]):
+            done = set()  # some may be there again: the rows stay, and all is looked at once more
 
         async def forget(txn: Transaction) -> None:
             for key in sorted(done):
@@ -140,18 +140,18 @@ class Collector:
             DELETED.inc(len(done))
         return done
 
-    async def _remove_chunks(self, row: tuple[bytes, bytes]) -> list[ChainId] | None:
-        """Return the chains where there were chunks; None if it did not succeed."""
+    async def _remove_chunks(self, row: tuple[bytes, bytes]) -> ChainVersions | None:
+        """Name the chains where there were chunks; None if it did not succeed."""
         inode = _inode_of(row)
         layout = schema.DELETED.decode(row[1]).layout
         await self._trims.settled(inode)  # a late cut could bring a chunk back
         try:
-            chains = await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
+            removed = await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
         except EmberfsError as problem:
             self._note_failure(inode, problem)
             return None
         self._failed.pop(inode, None)
-        return chains
+        return removed
 
     def _note_failure(self, inode: InodeId, problem: EmberfsError) -> None:
         failed = self._failed.get(inode)

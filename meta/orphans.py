@@ -19,7 +19,7 @@ from emberfs.kv.transaction import Transaction, pack_counter, unpack_counter
 from emberfs.kv.transactions import Engine
 from emberfs.meta.inode_ids import BLOCK_IDS
 from emberfs.meta.promote import barred_block
-from emberfs.meta.trims import Chunks
+from emberfs.meta.trims import Chunks, make_stable
 from emberfs.proto.cluster import RoutingSnapshot
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Layout
@@ -84,8 +84,10 @@ class Orphans:
         lost = await self._lost(await self._with_chunks(chains))
         for inode in lost:
             layout = Layout(CHUNK_BYTES_MAX, chains)
-            touched = await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
-            await self._chunks.flush(touched, CHUNK_TIMEOUT_NS)
+            stable = False
+            while not stable:
+                done = await self._chunks.remove_chunks(inode, layout, 0, CHUNK_TIMEOUT_NS)
+                stable = await make_stable(self._chunks, CHUNK_TIMEOUT_NS, done)
             log.info("removed the chunks of inode %d, which a power cut had taken", inode)
         await self._engine.run(self._note_searched, durable=True)
         self._first = self._last + 1

@@ -26,6 +26,7 @@ from emberfs.meta.context import Context
 from emberfs.meta.inline import answer
 from emberfs.meta.inode_ids import BLOCK_IDS
 from emberfs.meta.tree import load_inode, store_inode
+from emberfs.meta.trims import make_stable
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
 from emberfs.proto.ids import MS, SECOND, InodeId
@@ -42,7 +43,7 @@ TRIES = 8  # each means that somebody has settled or cut in between
 
 
 class _MovedError(Exception):
-    """The content is another one by now, it took too long, or the id is searched for."""
+    """The content is another one by now, it took too long, its chunk is lost, or the id barred."""
 
 
 async def promote(context: Context, request: PromoteRequest) -> InodeAnswer:
@@ -121,10 +122,9 @@ async def _attempt(
 async def _write(context: Context, inode: InodeId, layout: Layout, content: bytes) -> None:
     if content:
         chunks, data = context.chunks, memoryview(content)
-        await chunks.write(inode, layout, 0, data, timeout_ns=CHUNK_TIMEOUT_NS)
-        count = -(-len(content) // layout.chunk_bytes)
-        touched = {layout.chains[index % len(layout.chains)] for index in range(count)}
-        await chunks.flush(sorted(touched), CHUNK_TIMEOUT_NS)
+        done = await chunks.write(inode, layout, 0, data, timeout_ns=CHUNK_TIMEOUT_NS)
+        if not await make_stable(chunks, CHUNK_TIMEOUT_NS, done):
+            raise _MovedError
 
 
 async def give_up(context: Context, layout: Layout) -> None:

@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
 
+from emberfs.client.unflushed import ChainVersions, Unflushed
 from emberfs.kv import keys
 from emberfs.kv.transaction import Transaction
 from emberfs.kv.transactions import Engine
@@ -53,8 +54,8 @@ class Chunks(Protocol):
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> list[ChainId]:
-        """Remove every chunk of the file from `first_index` on; returns the chains to flush."""
+    ) -> ChainVersions:
+        """Remove every chunk of the file from `first_index` on; names the chains to flush."""
         ...
 
     async def write(
@@ -65,18 +66,18 @@ class Chunks(Protocol):
         data: memoryview,
         *,
         timeout_ns: int,
-    ) -> None:
-        """Write at `offset`; on return every chain has committed."""
+    ) -> ChainVersions:
+        """Write at `offset`; on return every chain has committed; names the chains to flush."""
         ...
 
     async def truncate_chunk(
         self, inode: InodeId, layout: Layout, index: int, length: int, timeout_ns: int
-    ) -> list[ChainId]:
-        """Cut a chunk to `length` bytes; returns the chains to flush."""
+    ) -> ChainVersions:
+        """Cut a chunk to `length` bytes; names the chains to flush."""
         ...
 
-    async def flush(self, chains: Iterable[ChainId], timeout_ns: int) -> None:
-        """Make what was done on these chains stable."""
+    async def flush(self, chains: Iterable[ChainId], timeout_ns: int) -> ChainVersions:
+        """Make what was done on these chains stable, unless it is lost: see `make_stable`."""
         ...
 
     async def end_of(
@@ -90,6 +91,15 @@ class Chunks(Protocol):
     ) -> list[InodeId]:
         """Return the ids of [first, stop) that name chunks on a chain."""
         ...
+
+
+async def make_stable(chunks: Chunks, timeout_ns: int, *done: ChainVersions) -> bool:
+    """Flush what was done; False if a power cut may have undone it before: do it again."""
+    unflushed = Unflushed(*done)
+    if not unflushed:
+        return True
+    lost = await chunks.flush(unflushed.chains, timeout_ns)
+    return not unflushed.flushed(unflushed.now(), lost)
 
 
 class TrimError(Exception):
@@ -255,11 +265,14 @@ class Trims:
     async def _cut_chunks(self, inode: InodeId, trim: schema.Trim, chunks: Chunks) -> None:
         index, rest = divmod(trim.length, trim.layout.chunk_bytes)
         first = index + 1 if rest else index
-        cut = await chunks.remove_chunks(inode, trim.layout, first, CHUNK_TIMEOUT_NS)
-        if rest:
-            cut += await chunks.truncate_chunk(inode, trim.layout, index, rest, CHUNK_TIMEOUT_NS)
-        if cut:
-            await chunks.flush(cut, CHUNK_TIMEOUT_NS)
+        while True:
+            done = [await chunks.remove_chunks(inode, trim.layout, first, CHUNK_TIMEOUT_NS)]
+            if rest:
+                done.append(
+                    await chunks.truncate_chunk(inode, trim.layout, index, rest, CHUNK_TIMEOUT_NS)
+                )
+            if await make_stable(chunks, CHUNK_TIMEOUT_NS, *done):
+                return
 
     async def _forget(self, key: bytes, value: bytes) -> None:
         async def forget(txn: Transaction) -> None:

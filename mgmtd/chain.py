@@ -8,7 +8,10 @@ is SERVING in the published chain is complete. From that follow four things:
    equally complete, and each becomes LASTSRV: whoever returns first may bring the chain back.
 2. The first LASTSRV that returns becomes SERVING. From then on the others may miss writes, so they
    become OFFLINE and are filled again like everybody else. They could also differ from it in
-   writes that nobody was told of; filling them settles that.
+   writes that nobody was told of; filling them settles that. One that is doubtful (a power cut may
+   have taken what it had not flushed) comes last, and the chain then says since when such writes
+   may be gone: `lost` is the version at which it came back. Every other change of a chain keeps
+   all that was acknowledged, as a SERVING target stays or a complete one returns.
 3. Whoever is not complete (WAITING, OFFLINE) is filled as SYNCING, one at a time. It receives all
    writes and becomes SERVING when it reports UPTODATE, decided on the current version of the chain.
    WAITING or OFFLINE targets that still call themselves UPTODATE mean an older chain: they are
@@ -21,10 +24,10 @@ covers the first lease after a start of mgmtd and a service that has registered 
 
 Invariants: order SERVING, LASTSRV, SYNCING, WAITING, OFFLINE; within a group who was there before
 stands first, in the old order, and newcomers follow in the old order; at most one SYNCING; the
-version rises by one exactly when targets changed.
+version rises by one exactly when targets changed; `lost` only rises, to the version of its change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 
 import msgspec
@@ -76,18 +79,23 @@ TABLE: dict[tuple[PublicState, LocalState | None], Move] = {
 }
 
 
-def next_chain(chain: Chain, local: Mapping[TargetId, LocalState]) -> Chain:
+def next_chain(
+    chain: Chain, local: Mapping[TargetId, LocalState], doubtful: Collection[TargetId] = ()
+) -> Chain:
     """Return the chain after one evaluation; the same object when nothing changed.
 
     `local` holds what is known of each target: OFFLINE when its node's lease has expired, UPTODATE
-    only when that was decided on `chain.version`, absent when nothing has been heard.
+    only when that was decided on `chain.version`, absent when nothing has been heard. `doubtful`:
+    targets that may have lost what they had not flushed.
     """
     moves = [(member, TABLE[member.state, local.get(member.target)]) for member in chain.targets]
-    states = _decide(moves)
+    states = _decide(moves, doubtful)
     targets = _arrange(chain, states)
     if targets == chain.targets:
         return chain
-    return check_chain(Chain(chain.id, ChainVersion(chain.version + 1), targets))
+    version = ChainVersion(chain.version + 1)
+    lost = version if _came_back(chain, states) in doubtful else chain.lost
+    return check_chain(Chain(chain.id, version, targets, lost))
 
 
 def check_chain(chain: Chain) -> Chain:
@@ -96,10 +104,25 @@ def check_chain(chain: Chain) -> Chain:
     assert groups == sorted(groups), f"chain {chain.id} is out of order"
     assert groups.count(GROUP_ORDER.index(_SYNCING)) <= 1, f"chain {chain.id}: two are syncing"
     assert len({member.target for member in chain.targets}) == len(groups)
+    assert chain.lost <= chain.version, f"chain {chain.id} knows of a loss to come"
     return chain
 
 
-def _decide(moves: list[tuple[ChainTarget, Move]]) -> dict[TargetId, PublicState]:
+def _came_back(chain: Chain, states: Mapping[TargetId, PublicState]) -> TargetId | None:
+    """Return the LASTSRV target that brings the chain back, if one does now."""
+    return next(
+        (
+            member.target
+            for member in chain.targets
+            if member.state == _LASTSRV and states[member.target] == _SERVING
+        ),
+        None,
+    )
+
+
+def _decide(
+    moves: list[tuple[ChainTarget, Move]], doubtful: Collection[TargetId]
+) -> dict[TargetId, PublicState]:
     """Give each target its new state, complete targets first: the others depend on them."""
     had_serving = any(member.state == _SERVING for member, _ in moves)
     serving = any(move == Move.SERVE for _, move in moves)
@@ -115,6 +138,7 @@ def _decide(moves: list[tuple[ChainTarget, Move]]) -> dict[TargetId, PublicState
             case _:
                 pass
     returning = [m.target for m, move in moves if move == Move.RETURN and not had_serving]
+    returning.sort(key=lambda target: target in doubtful)
     for member, move in moves:
         if move in (Move.RETURN, Move.REMAIN) and not had_serving:
             rest = _OFFLINE if returning else _LASTSRV

@@ -408,7 +408,8 @@ class Membership:
         for number in sorted(outcome.suspects):
             chain = self._chains[number]
             for _ in range(EVALUATIONS_MAX):
-                chain = next_chain(before := chain, self._local_states(chain))
+                before, doubtful = chain, self._doubtful(chain)
+                chain = next_chain(chain, self._local_states(chain), doubtful)
                 if chain is before:
                     break
             else:
@@ -425,6 +426,10 @@ class Membership:
             if state is not None:
                 found[place.target] = state
         return found
+
+    def _doubtful(self, chain: Chain) -> set[TargetId]:
+        reports = (self._reports.get(place.target) for place in chain.targets)
+        return {report.target for report in reports if report is not None and report.doubtful}
 
     def _local_state(self, place: ChainTarget, version: ChainVersion) -> LocalState | None:
         member = self._members.get(place.node)

@@ -244,6 +244,8 @@ def _log_changes(old: RoutingSnapshot, new: RoutingSnapshot) -> None:
         if before is None or before.version != chain.version:
             metrics.CHAIN_CHANGES.inc()
             log.info("chain %d version %d: %s", chain_number, chain.version, _describe(chain))
+        if before is not None and before.lost < chain.lost:
+            log.warning("chain %d is back without what it had not flushed", chain_number)
 
 
 def _describe(chain: Chain) -> str:

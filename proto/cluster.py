@@ -85,6 +85,9 @@ class Chain(msgspec.Struct, frozen=True, gc=False):
     id: ChainId
     version: ChainVersion
     targets: tuple[ChainTarget, ...]
+    # The version at which a replica brought the chain back that had lost what was not flushed: what
+    # was acknowledged at an older version and not flushed may be gone. 0: never. Kept for ever.
+    lost: ChainVersion = ChainVersion(0)
 
     def serving(self) -> tuple[ChainTarget, ...]:
         """Targets that answer reads, head first."""
@@ -142,6 +145,9 @@ class TargetReport(msgspec.Struct, frozen=True, gc=False):
     scrub_finished_s: int = 0  # when the last whole pass ended, seconds since 1970; 0: never
     scrub_findings: int = 0  # damaged or differing chunks since the process started
     unreachable: tuple[TargetId, ...] = ()  # members of its chain that have not answered it lately
+    # What it acknowledged and had not flushed may be gone (a power cut, a failed sync), and it has
+    # neither been filled nor served since.
+    doubtful: bool = False
 
 
 class TargetStatus(msgspec.Struct, frozen=True, gc=False):

@@ -24,51 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65mberfs/proto/control.proto\x12\x12\x65mberfs.control.v1\"\xa4\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\r\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.emberfs.control.v1.NodeKind\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x11\n\tendpoints\x18\x04 \x03(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\r\n\x05\x61live\x18\x06 \x01(\x08\x12\x0f\n\x07metrics\x18\x07 \x01(\t\x12\x0e\n\x06\x63lient\x18\x08 \x01(\x04\"\xc3\x03\n\x0cTargetReport\x12\x0e\n\x06target\x18\x01 \x01(\r\x12-\n\x05local\x18\x02 \x01(\x0e\x32\x1e.emberfs.control.v1.LocalState\x12\x15\n\rchain_version\x18\x03 \x01(\r\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x17\n\x0fsync_done_bytes\x18\x07 \x01(\x04\x12\x18\n\x10sync_total_bytes\x18\x08 \x01(\x04\x12\x18\n\x10sync_done_chunks\x18\t \x01(\x04\x12\x19\n\x11sync_total_chunks\x18\n \x01(\x04\x12\x18\n\x10sync_bytes_per_s\x18\x0b \x01(\x04\x12\x13\n\x0bsync_source\x18\x0c \x01(\r\x12\x14\n\x0csync_problem\x18\r \x01(\t\x12\x16\n\x0e\x64\x61maged_chunks\x18\x0e \x01(\x04\x12\x15\n\rscrub_percent\x18\x0f \x01(\r\x12\x18\n\x10scrub_finished_s\x18\x10 \x01(\x04\x12\x16\n\x0escrub_findings\x18\x11 \x01(\x04\x12\x13\n\x0bunreachable\x18\x12 \x03(\r\"[\n\x0b\x43hainTarget\x12\x0e\n\x06target\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\r\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.emberfs.control.v1.PublicState\"V\n\x05\x43hain\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x30\n\x07targets\x18\x03 \x03(\x0b\x32\x1f.emberfs.control.v1.ChainTarget\"\xb0\x01\n\x0cTargetStatus\x12\x0e\n\x06target\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\r\x12\r\n\x05\x63hain\x18\x03 \x01(\r\x12/\n\x06public\x18\x04 \x01(\x0e\x32\x1f.emberfs.control.v1.PublicState\x12\x30\n\x06report\x18\x05 \x01(\x0b\x32 .emberfs.control.v1.TargetReport\x12\x10\n\x08unwanted\x18\x06 \x01(\t\"\xc4\x01\n\x07Routing\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\'\n\x05nodes\x18\x03 \x03(\x0b\x32\x18.emberfs.control.v1.Node\x12)\n\x06\x63hains\x18\x04 \x03(\x0b\x32\x19.emberfs.control.v1.Chain\x12\x31\n\x07targets\x18\x05 \x03(\x0b\x32 .emberfs.control.v1.TargetStatus\x12\x10\n\x08identity\x18\x06 \x01(\x04\"\x8f\x01\n\x0fRegisterRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12&\n\x04node\x18\x02 \x01(\x0b\x32\x18.emberfs.control.v1.Node\x12\x31\n\x07targets\x18\x03 \x03(\x0b\x32 .emberfs.control.v1.TargetReport\x12\x10\n\x08identity\x18\x04 \x01(\x04\"b\n\rRegisterReply\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\x04\x12\x17\n\x0frouting_version\x18\x03 \x01(\x04\x12\x10\n\x08identity\x18\x04 \x01(\x04\"\xc7\x01\n\x10HeartbeatRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\r\x12*\n\x04kind\x18\x03 \x01(\x0e\x32\x1c.emberfs.control.v1.NodeKind\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x31\n\x07targets\x18\x05 \x03(\x0b\x32 .emberfs.control.v1.TargetReport\x12\x0e\n\x06\x63lient\x18\x06 \x01(\x04\x12\x10\n\x08identity\x18\x07 \x01(\x04\"c\n\x0eHeartbeatReply\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12\x10\n\x08lease_ms\x18\x02 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\x04\x12\x10\n\x08identity\x18\x04 \x01(\x04\"Z\n\x12ReportDeathRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\x04\x12\x0c\n\x04node\x18\x03 \x01(\r\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"+\n\x10ReportDeathReply\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\"N\n\x13WatchRoutingRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x14\n\x0chave_version\x18\x02 \x01(\x04\x12\x10\n\x08identity\x18\x03 \x01(\x04\"\xa3\x01\n\x13\x43reateChainsRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12@\n\x06\x63hains\x18\x02 \x03(\x0b\x32\x30.emberfs.control.v1.CreateChainsRequest.NewChain\x12\x10\n\x08identity\x18\x03 \x01(\x04\x1a\'\n\x08NewChain\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07targets\x18\x02 \x03(\r\"=\n\x11\x43reateChainsReply\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x63reated\x18\x02 \x03(\r*8\n\x08NodeKind\x12\t\n\x05MGMTD\x10\x00\x12\x08\n\x04META\x10\x01\x12\x0b\n\x07STORAGE\x10\x02\x12\n\n\x06\x43LIENT\x10\x03*f\n\x0bPublicState\x12\x0f\n\x0bPUBLIC_NONE\x10\x00\x12\x0b\n\x07SERVING\x10\x01\x12\x0b\n\x07LASTSRV\x10\x02\x12\x0b\n\x07SYNCING\x10\x04\x12\x0b\n\x07WAITING\x10\x08\x12\x12\n\x0ePUBLIC_OFFLINE\x10\x10*I\n\nLocalState\x12\x0e\n\nLOCAL_NONE\x10\x00\x12\x0c\n\x08UPTODATE\x10\x01\x12\n\n\x06ONLINE\x10\x02\x12\x11\n\rLOCAL_OFFLINE\x10\x04\x32\xc7\x03\n\x05Mgmtd\x12R\n\x08Register\x12#.emberfs.control.v1.RegisterRequest\x1a!.emberfs.control.v1.RegisterReply\x12U\n\tHeartbeat\x12$.emberfs.control.v1.HeartbeatRequest\x1a\".emberfs.control.v1.HeartbeatReply\x12[\n\x0bReportDeath\x12&.emberfs.control.v1.ReportDeathRequest\x1a$.emberfs.control.v1.ReportDeathReply\x12V\n\x0cWatchRouting\x12\'.emberfs.control.v1.WatchRoutingRequest\x1a\x1b.emberfs.control.v1.Routing0\x01\x12^\n\x0c\x43reateChains\x12\'.emberfs.control.v1.CreateChainsRequest\x1a%.emberfs.control.v1.CreateChainsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65mberfs/proto/control.proto\x12\x12\x65mberfs.control.v1\"\xa4\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\r\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.emberfs.control.v1.NodeKind\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x11\n\tendpoints\x18\x04 \x03(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\r\n\x05\x61live\x18\x06 \x01(\x08\x12\x0f\n\x07metrics\x18\x07 \x01(\t\x12\x0e\n\x06\x63lient\x18\x08 \x01(\x04\"\xd5\x03\n\x0cTargetReport\x12\x0e\n\x06target\x18\x01 \x01(\r\x12-\n\x05local\x18\x02 \x01(\x0e\x32\x1e.emberfs.control.v1.LocalState\x12\x15\n\rchain_version\x18\x03 \x01(\r\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x17\n\x0fsync_done_bytes\x18\x07 \x01(\x04\x12\x18\n\x10sync_total_bytes\x18\x08 \x01(\x04\x12\x18\n\x10sync_done_chunks\x18\t \x01(\x04\x12\x19\n\x11sync_total_chunks\x18\n \x01(\x04\x12\x18\n\x10sync_bytes_per_s\x18\x0b \x01(\x04\x12\x13\n\x0bsync_source\x18\x0c \x01(\r\x12\x14\n\x0csync_problem\x18\r \x01(\t\x12\x16\n\x0e\x64\x61maged_chunks\x18\x0e \x01(\x04\x12\x15\n\rscrub_percent\x18\x0f \x01(\r\x12\x18\n\x10scrub_finished_s\x18\x10 \x01(\x04\x12\x16\n\x0escrub_findings\x18\x11 \x01(\x04\x12\x13\n\x0bunreachable\x18\x12 \x03(\r\x12\x10\n\x08\x64oubtful\x18\x13 \x01(\x08\"[\n\x0b\x43hainTarget\x12\x0e\n\x06target\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\r\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.emberfs.control.v1.PublicState\"d\n\x05\x43hain\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x30\n\x07targets\x18\x03 \x03(\x0b\x32\x1f.emberfs.control.v1.ChainTarget\x12\x0c\n\x04lost\x18\x04 \x01(\r\"\xb0\x01\n\x0cTargetStatus\x12\x0e\n\x06target\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\r\x12\r\n\x05\x63hain\x18\x03 \x01(\r\x12/\n\x06public\x18\x04 \x01(\x0e\x32\x1f.emberfs.control.v1.PublicState\x12\x30\n\x06report\x18\x05 \x01(\x0b\x32 .emberfs.control.v1.TargetReport\x12\x10\n\x08unwanted\x18\x06 \x01(\t\"\xc4\x01\n\x07Routing\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\'\n\x05nodes\x18\x03 \x03(\x0b\x32\x18.emberfs.control.v1.Node\x12)\n\x06\x63hains\x18\x04 \x03(\x0b\x32\x19.emberfs.control.v1.Chain\x12\x31\n\x07targets\x18\x05 \x03(\x0b\x32 .emberfs.control.v1.TargetStatus\x12\x10\n\x08identity\x18\x06 \x01(\x04\"\x8f\x01\n\x0fRegisterRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12&\n\x04node\x18\x02 \x01(\x0b\x32\x18.emberfs.control.v1.Node\x12\x31\n\x07targets\x18\x03 \x03(\x0b\x32 .emberfs.control.v1.TargetReport\x12\x10\n\x08identity\x18\x04 \x01(\x04\"b\n\rRegisterReply\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\x04\x12\x17\n\x0frouting_version\x18\x03 \x01(\x04\x12\x10\n\x08identity\x18\x04 \x01(\x04\"\xc7\x01\n\x10HeartbeatRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\r\x12*\n\x04kind\x18\x03 \x01(\x0e\x32\x1c.emberfs.control.v1.NodeKind\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x31\n\x07targets\x18\x05 \x03(\x0b\x32 .emberfs.control.v1.TargetReport\x12\x0e\n\x06\x63lient\x18\x06 \x01(\x04\x12\x10\n\x08identity\x18\x07 \x01(\x04\"c\n\x0eHeartbeatReply\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12\x10\n\x08lease_ms\x18\x02 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\x04\x12\x10\n\x08identity\x18\x04 \x01(\x04\"Z\n\x12ReportDeathRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\x04\x12\x0c\n\x04node\x18\x03 \x01(\r\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"+\n\x10ReportDeathReply\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\"N\n\x13WatchRoutingRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x14\n\x0chave_version\x18\x02 \x01(\x04\x12\x10\n\x08identity\x18\x03 \x01(\x04\"\xa3\x01\n\x13\x43reateChainsRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12@\n\x06\x63hains\x18\x02 \x03(\x0b\x32\x30.emberfs.control.v1.CreateChainsRequest.NewChain\x12\x10\n\x08identity\x18\x03 \x01(\x04\x1a\'\n\x08NewChain\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07targets\x18\x02 \x03(\r\"=\n\x11\x43reateChainsReply\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x63reated\x18\x02 \x03(\r*8\n\x08NodeKind\x12\t\n\x05MGMTD\x10\x00\x12\x08\n\x04META\x10\x01\x12\x0b\n\x07STORAGE\x10\x02\x12\n\n\x06\x43LIENT\x10\x03*f\n\x0bPublicState\x12\x0f\n\x0bPUBLIC_NONE\x10\x00\x12\x0b\n\x07SERVING\x10\x01\x12\x0b\n\x07LASTSRV\x10\x02\x12\x0b\n\x07SYNCING\x10\x04\x12\x0b\n\x07WAITING\x10\x08\x12\x12\n\x0ePUBLIC_OFFLINE\x10\x10*I\n\nLocalState\x12\x0e\n\nLOCAL_NONE\x10\x00\x12\x0c\n\x08UPTODATE\x10\x01\x12\n\n\x06ONLINE\x10\x02\x12\x11\n\rLOCAL_OFFLINE\x10\x04\x32\xc7\x03\n\x05Mgmtd\x12R\n\x08Register\x12#.emberfs.control.v1.RegisterRequest\x1a!.emberfs.control.v1.RegisterReply\x12U\n\tHeartbeat\x12$.emberfs.control.v1.HeartbeatRequest\x1a\".emberfs.control.v1.HeartbeatReply\x12[\n\x0bReportDeath\x12&.emberfs.control.v1.ReportDeathRequest\x1a$.emberfs.control.v1.ReportDeathReply\x12V\n\x0cWatchRouting\x12\'.emberfs.control.v1.WatchRoutingRequest\x1a\x1b.emberfs.control.v1.Routing0\x01\x12^\n\x0c\x43reateChains\x12\'.emberfs.control.v1.CreateChainsRequest\x1a%.emberfs.control.v1.CreateChainsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'emberfs.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODEKIND']._serialized_start=2226
-  _globals['_NODEKIND']._serialized_end=2282
-  _globals['_PUBLICSTATE']._serialized_start=2284
-  _globals['_PUBLICSTATE']._serialized_end=2386
-  _globals['_LOCALSTATE']._serialized_start=2388
-  _globals['_LOCALSTATE']._serialized_end=2461
+  _globals['_NODEKIND']._serialized_start=2258
+  _globals['_NODEKIND']._serialized_end=2314
+  _globals['_PUBLICSTATE']._serialized_start=2316
+  _globals['_PUBLICSTATE']._serialized_end=2418
+  _globals['_LOCALSTATE']._serialized_start=2420
+  _globals['_LOCALSTATE']._serialized_end=2493
   _globals['_NODE']._serialized_start=52
   _globals['_NODE']._serialized_end=216
   _globals['_TARGETREPORT']._serialized_start=219
-  _globals['_TARGETREPORT']._serialized_end=670
-  _globals['_CHAINTARGET']._serialized_start=672
-  _globals['_CHAINTARGET']._serialized_end=763
-  _globals['_CHAIN']._serialized_start=765
-  _globals['_CHAIN']._serialized_end=851
-  _globals['_TARGETSTATUS']._serialized_start=854
-  _globals['_TARGETSTATUS']._serialized_end=1030
-  _globals['_ROUTING']._serialized_start=1033
-  _globals['_ROUTING']._serialized_end=1229
-  _globals['_REGISTERREQUEST']._serialized_start=1232
-  _globals['_REGISTERREQUEST']._serialized_end=1375
-  _globals['_REGISTERREPLY']._serialized_start=1377
-  _globals['_REGISTERREPLY']._serialized_end=1475
-  _globals['_HEARTBEATREQUEST']._serialized_start=1478
-  _globals['_HEARTBEATREQUEST']._serialized_end=1677
-  _globals['_HEARTBEATREPLY']._serialized_start=1679
-  _globals['_HEARTBEATREPLY']._serialized_end=1778
-  _globals['_REPORTDEATHREQUEST']._serialized_start=1780
-  _globals['_REPORTDEATHREQUEST']._serialized_end=1870
-  _globals['_REPORTDEATHREPLY']._serialized_start=1872
-  _globals['_REPORTDEATHREPLY']._serialized_end=1915
-  _globals['_WATCHROUTINGREQUEST']._serialized_start=1917
-  _globals['_WATCHROUTINGREQUEST']._serialized_end=1995
-  _globals['_CREATECHAINSREQUEST']._serialized_start=1998
-  _globals['_CREATECHAINSREQUEST']._serialized_end=2161
-  _globals['_CREATECHAINSREQUEST_NEWCHAIN']._serialized_start=2122
-  _globals['_CREATECHAINSREQUEST_NEWCHAIN']._serialized_end=2161
-  _globals['_CREATECHAINSREPLY']._serialized_start=2163
-  _globals['_CREATECHAINSREPLY']._serialized_end=2224
-  _globals['_MGMTD']._serialized_start=2464
-  _globals['_MGMTD']._serialized_end=2919
+  _globals['_TARGETREPORT']._serialized_end=688
+  _globals['_CHAINTARGET']._serialized_start=690
+  _globals['_CHAINTARGET']._serialized_end=781
+  _globals['_CHAIN']._serialized_start=783
+  _globals['_CHAIN']._serialized_end=883
+  _globals['_TARGETSTATUS']._serialized_start=886
+  _globals['_TARGETSTATUS']._serialized_end=1062
+  _globals['_ROUTING']._serialized_start=1065
+  _globals['_ROUTING']._serialized_end=1261
+  _globals['_REGISTERREQUEST']._serialized_start=1264
+  _globals['_REGISTERREQUEST']._serialized_end=1407
+  _globals['_REGISTERREPLY']._serialized_start=1409
+  _globals['_REGISTERREPLY']._serialized_end=1507
+  _globals['_HEARTBEATREQUEST']._serialized_start=1510
+  _globals['_HEARTBEATREQUEST']._serialized_end=1709
+  _globals['_HEARTBEATREPLY']._serialized_start=1711
+  _globals['_HEARTBEATREPLY']._serialized_end=1810
+  _globals['_REPORTDEATHREQUEST']._serialized_start=1812
+  _globals['_REPORTDEATHREQUEST']._serialized_end=1902
+  _globals['_REPORTDEATHREPLY']._serialized_start=1904
+  _globals['_REPORTDEATHREPLY']._serialized_end=1947
+  _globals['_WATCHROUTINGREQUEST']._serialized_start=1949
+  _globals['_WATCHROUTINGREQUEST']._serialized_end=2027
+  _globals['_CREATECHAINSREQUEST']._serialized_start=2030
+  _globals['_CREATECHAINSREQUEST']._serialized_end=2193
+  _globals['_CREATECHAINSREQUEST_NEWCHAIN']._serialized_start=2154
+  _globals['_CREATECHAINSREQUEST_NEWCHAIN']._serialized_end=2193
+  _globals['_CREATECHAINSREPLY']._serialized_start=2195
+  _globals['_CREATECHAINSREPLY']._serialized_end=2256
+  _globals['_MGMTD']._serialized_start=2496
+  _globals['_MGMTD']._serialized_end=2951
 # @@protoc_insertion_point(module_scope)

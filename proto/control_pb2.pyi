@@ -159,6 +159,7 @@ class TargetReport(_message.Message):
     SCRUB_FINISHED_S_FIELD_NUMBER: _builtins.int
     SCRUB_FINDINGS_FIELD_NUMBER: _builtins.int
     UNREACHABLE_FIELD_NUMBER: _builtins.int
+    DOUBTFUL_FIELD_NUMBER: _builtins.int
     target: _builtins.int
     local: Global___LocalState.ValueType
     chain_version: _builtins.int
@@ -176,6 +177,8 @@ class TargetReport(_message.Message):
     scrub_percent: _builtins.int
     scrub_finished_s: _builtins.int
     scrub_findings: _builtins.int
+    doubtful: _builtins.bool
+    """What it acknowledged and had not flushed may be gone, and it was neither filled nor served since."""
     @_builtins.property
     def unreachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Members of its chain that do not answer it, though it has asked for seconds."""
@@ -201,10 +204,11 @@ class TargetReport(_message.Message):
         scrub_finished_s: _builtins.int = ...,
         scrub_findings: _builtins.int = ...,
         unreachable: _abc.Iterable[_builtins.int] | None = ...,
+        doubtful: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chain_version", b"chain_version", "damaged_chunks", b"damaged_chunks", "local", b"local", "reason", b"reason", "scrub_findings", b"scrub_findings", "scrub_finished_s", b"scrub_finished_s", "scrub_percent", b"scrub_percent", "sync_bytes_per_s", b"sync_bytes_per_s", "sync_done_bytes", b"sync_done_bytes", "sync_done_chunks", b"sync_done_chunks", "sync_problem", b"sync_problem", "sync_source", b"sync_source", "sync_total_bytes", b"sync_total_bytes", "sync_total_chunks", b"sync_total_chunks", "target", b"target", "unreachable", b"unreachable", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chain_version", b"chain_version", "damaged_chunks", b"damaged_chunks", "doubtful", b"doubtful", "local", b"local", "reason", b"reason", "scrub_findings", b"scrub_findings", "scrub_finished_s", b"scrub_finished_s", "scrub_percent", b"scrub_percent", "sync_bytes_per_s", b"sync_bytes_per_s", "sync_done_bytes", b"sync_done_bytes", "sync_done_chunks", b"sync_done_chunks", "sync_problem", b"sync_problem", "sync_source", b"sync_source", "sync_total_bytes", b"sync_total_bytes", "sync_total_chunks", b"sync_total_chunks", "target", b"target", "unreachable", b"unreachable", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,8 +246,13 @@ class Chain(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     version: _builtins.int
+    lost: _builtins.int
+    """The version at which a doubtful replica brought the chain back; 0: never. What was acknowledged
+    at an older one and not flushed may be gone.
+    """
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainTarget]: ...
     def __init__(
@@ -252,10 +261,11 @@ class Chain(_message.Message):
         id: _builtins.int = ...,
         version: _builtins.int = ...,
         targets: _abc.Iterable[Global___ChainTarget] | None = ...,
+        lost: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "targets", b"targets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "lost", b"lost", "targets", b"targets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

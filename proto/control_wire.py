@@ -80,6 +80,7 @@ def report_to_wire(report: TargetReport) -> pb.TargetReport:
         scrub_finished_s=report.scrub_finished_s,
         scrub_findings=report.scrub_findings,
         unreachable=report.unreachable,
+        doubtful=report.doubtful,
     )
 
 
@@ -113,6 +114,7 @@ def report_from_wire(message: pb.TargetReport) -> TargetReport:
         scrub_finished_s=message.scrub_finished_s,
         scrub_findings=message.scrub_findings,
         unreachable=tuple(TargetId(number) for number in message.unreachable),
+        doubtful=message.doubtful,
     )
 
 
@@ -135,6 +137,7 @@ def _chain_to_wire(chain: Chain) -> pb.Chain:
             )
             for place in chain.targets
         ],
+        lost=chain.lost,
     )
 
 
@@ -146,6 +149,7 @@ def _chain_from_wire(message: pb.Chain) -> Chain:
             ChainTarget(TargetId(place.target), NodeId(place.node), _public_from_wire(place.state))
             for place in message.targets
         ),
+        lost=ChainVersion(message.lost),
     )
 
 

@@ -173,9 +173,14 @@ class FlushRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class FlushAnswer(msgspec.Struct, frozen=True, gc=False):
-    """All targets are stable; an error is raised otherwise."""
+    """All targets are stable; an error is raised otherwise.
+
+    `lost` tells for each target, in the same order, Chain.lost of its chain as it knows it: what
+    was acknowledged at an older version of the chain and not flushed then may not be there.
+    """
 
     targets: tuple[TargetId, ...]
+    lost: tuple[ChainVersion, ...] = ()
 
 
 class ListRequest(msgspec.Struct, frozen=True, gc=False):

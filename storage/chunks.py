@@ -69,7 +69,9 @@ class ChunkState(msgspec.Struct, frozen=True, gc=False):
     pending: PendingState | None
 
 
-_NO_BOOT = "a sync failed"  # boot_id of nobody: whoever opens next must verify
+# As boot_id, those of nobody: whoever opens next must verify, and doubts as well.
+_NO_BOOT = "a sync failed"
+_DOUBTFUL_BOOT = "not complete since a power cut"
 
 
 class _Format(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,6 +110,7 @@ class ChunkStore:
         self.damaged: set[ChunkId] = set()  # chunks whose content was refuted by its checksums
         self._adopted: set[ChunkId] = set()  # whose pending version came damaged
         self.power_cut_possible = False  # the target may have lost what was not flushed
+        self._doubtful = False  # the same, until somebody calls `trust`
         self._preparer = Preparer(table, files, self.damaged)
         self._flusher = Flusher(table, files)
         self._leaks = Leaks(table)
@@ -160,6 +163,7 @@ class ChunkStore:
         unclean = not found.clean
         other_boot = found.boot_id != self._env.boot_id
         self.power_cut_possible = unclean and (other_boot or distrust)
+        self._doubtful = self.power_cut_possible or distrust
         if self.power_cut_possible:
             log.warning("%s may have lost what was not flushed: verifying", self._path)
         Reopening(self._table, self._files).run(power_cut=self.power_cut_possible)
@@ -169,9 +173,22 @@ class ChunkStore:
 
     def _write_format(self, *, clean: bool, boot_id: str = "") -> None:
         """Also syncs the directory, and with it the names of the block files."""
+        if self._doubtful:
+            clean, boot_id = False, boot_id or _DOUBTFUL_BOOT
         boot_id = boot_id or self._env.boot_id
         content = msgspec.json.encode(_Format(FORMAT_VERSION, boot_id, clean))
         self._env.disk.replace_small(f"{self._path}/format", content + b"\n")
+
+    def trust(self) -> None:
+        """What was lost is made good, or nobody expects it any more. [T] Raises OSError.
+
+        Until then whoever opens the store doubts it again, also within the same boot.
+        """
+        if self._doubtful and not self._closed:
+            self._doubtful = False
+            self._write_format(clean=False)
+            if self._distrusted:  # meanwhile, or before
+                self._write_format(clean=False, boot_id=_NO_BOOT)
 
     def close(self) -> None:
         """Flush and release everything; a store that cannot be flushed stays unclean. [T]"""

@@ -80,6 +80,7 @@ class HostedTarget:
         self._sharers = 1
         self._open_again: _Open = _not_opened
         self._unfilled = False  # the directory says that it was never complete
+        self._doubtful = False  # it says that something may be missing
         self._scrubber: Scrubber | None = None
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
@@ -89,8 +90,8 @@ class HostedTarget:
         if self.replica is not None:
             self.replica.settle(Unwanted(status.unwanted if status is not None else ""))
             self.replica.apply_chain(chain)
-            if self._unfilled and self.state.condition == Condition.UPTODATE:
-                self.replica.tasks.spawn(self._note_filled(), name="note: filled")
+            if self._is_complete_now():
+                self.replica.tasks.spawn(self._note_complete(), name="note: complete")
         else:
             event = RoutingChanged(view_of(chain, self.target))
             self.state.handle(event, self._env.now_ns())
@@ -154,7 +155,7 @@ class HostedTarget:
         replica.repair = lambda chunk: repairer.repair(replica, chunk)
         self.replica = replica
         self._unfilled = blank
-        doubtful = store.power_cut_possible or distrust
+        doubtful = self._doubtful = store.power_cut_possible or distrust
         replica.settle(Opened(doubtful=doubtful, blank=blank))
         recovery = Recovery(env, replica, sender, links, throttle)
         replica.tasks.spawn(recovery.run(), name=f"recovery of target {self.target}'s successor")
@@ -231,6 +232,7 @@ class HostedTarget:
             scrub_percent=scrubber.percent if scrubber is not None else 0,
             scrub_finished_s=scrubber.note.finished_s if scrubber is not None else 0,
             scrub_findings=scrubber.findings if scrubber is not None else 0,
+            doubtful=self.state.doubtful,
         )
 
     def _show(self, sync: SyncRequest) -> None:
@@ -259,21 +261,33 @@ class HostedTarget:
 
     async def _tick(self, replica: TargetReplica) -> None:
         while True:
-            if self._unfilled and self.state.condition == Condition.UPTODATE:
-                await self._note_filled()
+            if self._is_complete_now():
+                await self._note_complete()
             await self._env.sleep_ns(TICK_NS)
             if replica.flusher.watch.hangs:
                 replica.fail(f"its disk has not answered for {HANGS_NS // SECOND} s")
             replica.settle(Ticked())
 
-    async def _note_filled(self) -> None:
-        """From now on the directory is known to have been complete once."""
-        path, disk = f"{self.path}/{FILLED}", self._env.disk
-        self._unfilled = False
+    def _is_complete_now(self) -> bool:
+        """Tell whether the directory says that it is not, and is wrong."""
+        return (self._unfilled or self._doubtful) and self.state.condition == Condition.UPTODATE
+
+    async def _note_complete(self) -> None:
+        """From now on the directory is known to have been complete once, and to miss nothing."""
+        path, disk, store = f"{self.path}/{FILLED}", self._env.disk, self.store
+        unfilled, doubtful = self._unfilled, self._doubtful
+        self._unfilled = self._doubtful = False
+
+        def note() -> None:
+            if unfilled:
+                disk.replace_small(path, b"yes\n")
+            if doubtful and store is not None:
+                store.trust()
+
         try:
-            await self._env.run_blocking(lambda: disk.replace_small(path, b"yes\n"))
+            await self._env.run_blocking(note)
         except OSError as problem:
-            self._unfilled = True
+            self._unfilled, self._doubtful = unfilled, doubtful
             log.error("target %d: %s", self.target, problem)
 
     async def _flush_now_and_then(self, replica: TargetReplica) -> None:

@@ -21,7 +21,7 @@ from emberfs.fabric.region import Slice
 from emberfs.proto.cluster import Chain
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, SECOND, ChainVersion, ChunkId
-from emberfs.proto.storage_calls import UpdateRequest
+from emberfs.proto.storage_calls import UpdateAnswer, UpdateRequest
 from emberfs.runtime.env import Env
 from emberfs.runtime.tasks import TaskSet
 from emberfs.storage import chunk_events as ev
@@ -42,9 +42,10 @@ HOLD_NS = 60 * SECOND  # how long recovery and repair wait for an update of a ch
 class _Waiter:
     """Somebody who waits for an operation, with the payload that it may use meanwhile."""
 
-    __slots__ = ("done", "sending", "source")
+    __slots__ = ("chain_version", "done", "sending", "source")
 
     def __init__(self, source: Slice | None) -> None:
+        self.chain_version = ChainVersion(0)  # of our view when it was done
         self.done: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         self.source = source
         self.sending: asyncio.Task[None] | None = None  # may still read the source
@@ -179,16 +180,19 @@ class TargetReplica:
 
     # -------------------------------------------------------- what others ask for
 
-    async def update(self, request: UpdateRequest, source: Slice | None) -> tuple[int, int]:
-        """Perform one verified update; return (version, length). The request's own errors."""
+    async def update(self, request: UpdateRequest, source: Slice | None) -> UpdateAnswer:
+        """Perform one verified update. Raises the request's own errors."""
         if self._closed:
             raise _shutting_down()
         key, waiter = self._enter(source)
         try:
             self._arrive(request.chunk, ev.UpdateArrived(key, request))
             if waiter.done.done():
-                return waiter.done.result()
-            return await self._outcome(request.chunk, key, waiter)
+                version, length = waiter.done.result()
+            else:
+                version, length = await self._outcome(request.chunk, key, waiter)
+            # Not of the view as it is by now: that chain may have lost what was done in this one.
+            return UpdateAnswer(version, length, waiter.chain_version)
         finally:
             del self._waiters[key]
 
@@ -379,6 +383,7 @@ class TargetReplica:
         waiter = self._waiters.get(reply.key)
         if waiter is None or waiter.done.done():
             return
+        waiter.chain_version = self.view.chain_version
         if reply.code is None:
             waiter.done.set_result((reply.version, reply.length))
         else:

@@ -34,7 +34,6 @@ from emberfs.proto.storage_calls import (
     ListAnswer,
     RepairAnswer,
     SyncAnswer,
-    UpdateAnswer,
     UpdateKind,
     UpdateRequest,
     VersionAnswer,
@@ -220,7 +219,7 @@ class StorageService:
                 self._fenced()
             if request.version and not self._order.admit(request):
                 raise EmberfsError(Code.SUPERSEDED, "a later message has come before")
-            version, length = await replica.update(request, source)
+            answer = await replica.update(request, source)
             if request.version == 0:
                 # Committed or not by the chain as it is now: the retry will be told.
                 self._fenced()
@@ -230,7 +229,7 @@ class StorageService:
         UPDATES_OK.inc()
         WRITTEN_BYTES.inc(source.length if source is not None else 0)
         UPDATE_SECONDS.observe((self._env.now_ns() - started_ns) / 1e9)
-        return UPDATE.encode_answer(UpdateAnswer(version, length, replica.view.chain_version))
+        return UPDATE.encode_answer(answer)
 
     def _fenced(self) -> None:
         """Raise NOT_SERVING when somebody else may be in our place already."""
@@ -266,7 +265,8 @@ class StorageService:
             await self._replica(target).flush()
         if [self._promising(target) for target in request.targets] != views:
             raise EmberfsError(Code.CHAIN_VERSION, "the chain has changed during the flush")
-        return FLUSH.encode_answer(FlushAnswer(request.targets))
+        lost = tuple(view.lost for view in views)
+        return FLUSH.encode_answer(FlushAnswer(request.targets, lost))
 
     def _promising(self, target: TargetId) -> View:
         """Return the place of a target whose stable storage counts. NOT_SERVING if it does not."""

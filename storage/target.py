@@ -24,6 +24,9 @@
 A process that was killed and comes back while the chain still has it as SERVING may go on: chains
 commit only what every writable member has, so nothing was committed without it. After a power cut,
 or with an empty directory in place of the old one, data that the chain relies on may be gone.
+
+`doubtful` is told to mgmtd from such an opening until the target is UPTODATE for the first time: it
+was filled, or the chain went on with what it has, and says so (Chain.lost).
 """
 
 from enum import IntEnum
@@ -156,6 +159,7 @@ class TargetState:
         self.condition = Condition.CLOSED
         self.published = absent_view(target)  # as the chain has it
         self.view = absent_view(target)  # the same, or absent while we must not be used
+        self.doubtful = False  # what we acknowledged and did not flush may be gone, and is missed
         self.completed_version = ChainVersion(0)  # chain version of the last SyncCompleted
         self._failure = ""
         self._blank = False
@@ -195,9 +199,9 @@ class TargetState:
         match event:
             case Opened():
                 if before == Condition.CLOSED:
-                    doubtful = event.doubtful or event.blank
+                    self.doubtful = event.doubtful or event.blank
                     self._blank = event.blank
-                    self.condition = Condition.DISTRUSTED if doubtful else Condition.ONLINE
+                    self.condition = Condition.DISTRUSTED if self.doubtful else Condition.ONLINE
             case RoutingChanged():
                 if event.view != self.published:
                     self._advanced_ns, self._problem = now_ns, ""
@@ -223,6 +227,8 @@ class TargetState:
                 if before != Condition.FAILED:
                     self.condition, self._failure = Condition.FAILED, event.reason
         self.condition = self._settle(self.condition)
+        if self.condition == Condition.UPTODATE:
+            self.doubtful = False
         effects = self._effects(before)
         if (
             isinstance(event, Ticked)

@@ -19,6 +19,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
     successor: TargetId  # who receives our forwards; NOBODY for the last writable target
     successor_syncing: bool
     tail: TargetId  # last serving target: its committed version is the truth for reads
+    lost: ChainVersion = ChainVersion(0)  # see Chain
 
     @property
     def serving(self) -> bool:
@@ -65,4 +66,5 @@ def view_of(chain: Chain | None, target: TargetId) -> View:
         successor=successor.target if successor is not None else NOBODY,
         successor_syncing=successor is not None and successor.state == PublicState.SYNCING,
         tail=tail.target if tail is not None else NOBODY,
+        lost=chain.lost,
     )

@@ -7,6 +7,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
+from emberfs.client.unflushed import ChainVersions
 from emberfs.kv.memory import MemoryStore
 from emberfs.kv.transaction import Engine
 from emberfs.meta import dispatch
@@ -34,21 +35,21 @@ class DictChunks:
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> list[ChainId]:
+    ) -> ChainVersions:
         for chunk in self._of(inode, first_index).values():
             del self._world.chunks[chunk]
-        return []
+        return {}
 
     async def truncate_chunk(
         self, inode: InodeId, layout: Layout, index: int, length: int, timeout_ns: int
-    ) -> list[ChainId]:
+    ) -> ChainVersions:
         chunk = self._of(inode, index).get(index)
         if chunk is not None:
             del self._world.chunks[chunk][length:]
-        return []
+        return {}
 
-    async def flush(self, chains: object, timeout_ns: int) -> None:
-        return
+    async def flush(self, chains: object, timeout_ns: int) -> ChainVersions:
+        return {}
 
     async def end_of(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int

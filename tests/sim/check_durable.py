@@ -1,9 +1,10 @@
 """What was acknowledged is still there: after a power cut, and after kills.
 
 A change is certain from some instant on: after a power cut, when a flush that began after it had
-ended itself ended before the cut; after kills of processes alone, when it was acknowledged. What a
-later read sees may be any change that no certain one came strictly after: newer changes that nobody
-flushed may or may not be there, older ones may not.
+ended itself ended before the cut, or when its own client has flushed it well at any time, since
+that is told when something is gone (LOST, once); after kills of processes alone, when it was
+acknowledged. What a later read sees may be any change that no certain one came strictly after:
+newer changes that nobody flushed may or may not be there, older ones may not.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from sim.segments import ZERO, ChunkHistory, Part, split
 from sim.violation import Violation
 
 _CHANGES = ("write", "truncate", "remove")
+LOST = "LOST"  # result of a flush: what its client had changed before is gone
 
 
 def check_durable(ops: Iterable[Op], cut_ns: int, any_client: bool = True) -> list[Violation]:
@@ -34,14 +36,31 @@ def check_acknowledged(ops: Iterable[Op], after_ns: int = 0) -> list[Violation]:
 
 
 def flushed(ops: Iterable[Op], cut_ns: int, any_client: bool = True) -> list[Op]:
-    """Return the changes that a flush has made certain before the cut."""
+    """Return the changes that a flush has made certain, or was answered for after the cut."""
     history = list(ops)
-    flushes = [
+    flushes = [op for op in history if op.kind == "flush" and op.ok and op.end_ns is not None]
+    early = [flush for flush in flushes if (flush.end_ns or 0) <= cut_ns]
+    late = [flush for flush in flushes if (flush.end_ns or 0) > cut_ns]
+    told = [op for op in history if op.kind == "flush" and op.result == LOST]
+    return [
         op
         for op in history
-        if op.kind == "flush" and op.ok and op.end_ns is not None and op.end_ns <= cut_ns
+        if op.ok
+        and (
+            any(_covers(flush, op, any_client) for flush in early)
+            or any(
+                _covers(flush, op, any_client=False)
+                and not any(_tells(other, op, flush) for other in told)
+                for flush in late
+            )
+        )
     ]
-    return [op for op in history if op.ok and any(_covers(f, op, any_client) for f in flushes)]
+
+
+def _tells(told: Op, op: Op, flush: Op) -> bool:
+    """Whether the client knew from another flush, which had the news first, that `op` is lost."""
+    same = told.client == flush.client and told.key == flush.key
+    return same and op.start_ns < (told.end_ns or 0) and told.start_ns < (flush.end_ns or 0)
 
 
 def after_cut(ops: Iterable[Op], cut_ns: int, any_client: bool = True) -> list[Op]:

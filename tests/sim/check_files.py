@@ -19,6 +19,8 @@ from sim.history import Op
 from sim.segments import ZERO, ChunkHistory, Part, split
 from sim.violation import Violation
 
+NEVER = 1 << 62
+
 
 class Via(Protocol):
     """How an operation was made: see files_load.Via."""
@@ -42,13 +44,14 @@ class Via(Protocol):
 def check_files(
     ops: Iterable[Op],
     via: Mapping[int, Via],
-    settled_from: int = 1 << 62,
+    settled_from: int = NEVER,
     cut_ns: int = 0,
     meta_cuts_ns: Sequence[int] = (),
 ) -> list[Violation]:
     """Check all files. Clients from number `settled_from` on read when every length is settled.
 
-    `cut_ns`: when the power of everything but the clients failed; what was not flushed may be gone.
+    `cut_ns`: when the power of everything but the clients failed; what was not flushed may be gone,
+    unless a later flush of the same client has ended well: then it would have said so.
     `meta_cuts_ns`: when that of the metadata server did; it may have lost that a file grew.
     """
     of_file: dict[int, list[Op]] = {}
@@ -166,7 +169,21 @@ class _File:
 
     def _may_be_undone(self, change: Op, read: Op) -> bool:
         cut_ns = self._cut_ns
-        return change.start_ns < cut_ns < read.effect_by_ns and self._flushed(change) > cut_ns
+        if not change.start_ns < cut_ns < read.effect_by_ns or self._flushed(change) <= cut_ns:
+            return False
+        return change.kind != "write" or not self._is_answered_for(change)
+
+    def _is_answered_for(self, change: Op) -> bool:
+        """Tell whether its client has flushed it well since; a loss fails the first flush, once."""
+        life, at_ns, end_ns = self._via[change.number].life, self._flushed(change), change.end_ns
+        return at_ns < NEVER and not any(
+            op.kind == "flush"
+            and not op.ok
+            and self._via[op.number].life == life
+            and op.start_ns < at_ns
+            and (op.end_ns or NEVER) > (end_ns or 0)
+            for op in self._ops
+        )
 
     def _may_be_forgotten(self, change: Op, read: Op) -> bool:
         if change.kind != "truncate":
@@ -185,7 +202,7 @@ class _File:
                     for flush in self._flushes
                     if flush.start_ns > end_ns and self._via[flush.number].life == life
                 ),
-                default=1 << 62,
+                default=NEVER,
             )
             self._flushed_ns[change.number] = known
         return known

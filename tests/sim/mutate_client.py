@@ -9,6 +9,7 @@ from emberfs.client import chunkread, chunkwrite
 from emberfs.client.agent import Agent
 from emberfs.client.chunkwrite import Channels, ChunkWriter
 from emberfs.client.routing import Routing
+from emberfs.client.writebuffer import WriteBuffer
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import ChainVersion
 from emberfs.proto.storage_calls import UpdateAnswer
@@ -146,6 +147,44 @@ def flush_asks_the_tail_only(patch: Patch) -> None:
         return flush_node
 
     patch.wrap(ChunkWriter, "_flush_node", make)
+
+
+@mutation("blackout", CUT)
+def flush_ignores_a_blackout(patch: Patch) -> None:
+    """Acknowledgements count in whatever life of the replicas they were given."""
+
+    def make(original: Any) -> Any:
+        async def flush(self: Any, chains: Any, timeout_ns: int) -> Any:
+            return dict.fromkeys(await original(self, chains, timeout_ns), 0)
+
+        return flush
+
+    patch.wrap(ChunkWriter, "flush", make)
+
+
+@mutation("blackout", CUT)
+def losses_amid_a_flush_are_not_seen(patch: Patch) -> None:
+    """A flush goes by what its client knew of losses when it began."""
+
+    def make(original: Any) -> Any:
+        async def flush(self: Any, chains: Any, timeout_ns: int) -> Any:
+            known = self._routing.snapshot.chains
+            await original(self, chains, timeout_ns)
+            return {chain: known[chain].lost for chain in chains}
+
+        return flush
+
+    patch.wrap(ChunkWriter, "flush", make)
+
+
+@mutation("files blackout", "file content")
+def lost_writes_are_told_to_nobody(patch: Patch) -> None:
+    """A file forgets what a flush has told it of a loss."""
+
+    def note_flushed(self: Any, covered: Any, lost: Any) -> None:
+        self.unflushed.flushed(covered, lost)
+
+    patch.set(WriteBuffer, "note_flushed", note_flushed)
 
 
 @mutation("messages, calm", LINEAR)

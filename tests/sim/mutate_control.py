@@ -109,14 +109,43 @@ def any_replica_revives_a_chain(patch: Patch) -> None:
     """After a total outage whoever returns first serves, complete or not."""
 
     def make(original: Any) -> Any:
-        def next_chain(chain: Any, local: Any) -> Any:
+        def next_chain(chain: Any, local: Any, doubtful: Any = ()) -> Any:
             if not chain.serving():
                 targets = [
                     msgspec.structs.replace(member, state=PublicState.LASTSRV)
                     for member in chain.targets
                 ]
                 chain = msgspec.structs.replace(chain, targets=tuple(targets))
-            return original(chain, local)
+            return original(chain, local, doubtful)
+
+        return next_chain
+
+    patch.wrap(membership, "next_chain", make)
+
+
+@mutation("processes, outage", "error at a client")
+def every_return_of_a_chain_is_a_loss(patch: Patch) -> None:
+    """Whoever brings a chain back is taken for one that has lost something."""
+
+    def make(original: Any) -> Any:
+        def next_chain(chain: Any, local: Any, doubtful: Any = ()) -> Any:
+            return original(chain, local, {member.target for member in chain.targets})
+
+        return next_chain
+
+    patch.wrap(membership, "next_chain", make)
+
+
+@mutation("power", "error at a client")
+def every_power_cut_is_a_loss(patch: Patch) -> None:
+    """A chain is said to have lost what one of its replicas has lost."""
+
+    def make(original: Any) -> Any:
+        def next_chain(chain: Any, local: Any, doubtful: Any = ()) -> Any:
+            found = original(chain, local, doubtful)
+            if found is chain or not doubtful:
+                return found
+            return msgspec.structs.replace(found, lost=found.version)
 
         return next_chain
 
@@ -163,7 +192,7 @@ def chain_versions_stay(patch: Patch) -> None:
     """A chain changes and keeps its version."""
 
     def make(original: Any) -> Any:
-        return lambda number, version, targets: original(number, 1, targets)
+        return lambda number, version, targets, lost: original(number, 1, targets)
 
     patch.wrap(chains, "Chain", make)
 

@@ -10,6 +10,7 @@ from emberfs.proto.ids import ChunkId
 from emberfs.proto.storage_calls import UpdateKind
 from emberfs.storage import filling, hosted, resync
 from emberfs.storage import target as condition
+from emberfs.storage.chunks import ChunkStore
 from emberfs.storage.filling import Recovery
 from emberfs.storage.repair import Repairer
 from emberfs.storage.replica import TargetReplica
@@ -21,6 +22,20 @@ from sim.mutations import WRONG, Patch, mutation
 def old_data_is_trusted(patch: Patch) -> None:
     """After a power cut, or with an empty disk, a target goes on as if it had everything."""
     patch.set(hosted, "Opened", lambda doubtful, blank: condition.Opened(doubtful=False))
+
+
+@mutation("power, blackout", f"not durable, {WRONG}")
+def doubt_is_forgotten_by_a_restart(patch: Patch) -> None:
+    """A target that has lost something and dies before it is filled is trusted from then on."""
+
+    def make(original: Any) -> Any:
+        def write_format(self: Any, **options: Any) -> None:
+            self._doubtful = False
+            original(self, **options)
+
+        return write_format
+
+    patch.wrap(ChunkStore, "_write_format", make)
 
 
 @mutation("power, outage", WRONG)

@@ -2,17 +2,24 @@
 
 import asyncio
 
-from emberfs.proto.storage_calls import UPDATE
+from emberfs.client.file import File, FileSystem
+from emberfs.client.oserrors import FileSystemError
+from emberfs.proto.ids import KiB
+from emberfs.proto.storage_calls import FLUSH, UPDATE
 from sim.disk import Fate
 from sim.hand import Hand
 from sim.scenario import BURIED_S, Scene
-from sim.situations import situation
+from sim.scenario_files import Stage
+from sim.situation_files import PATH, expect, read
+from sim.situations import file_situation, situation
+from sim.tap import CONTROL
 from sim.workload import Place
 
 ROWS_ONLY = Fate(data=False, rows=True)
 DATA_ONLY = Fate(data=True, rows=False)
 NOTHING = Fate(data=False, rows=False)
 ALL = Fate(data=True, rows=True)
+OLD, NEW = b"o" * (100 * KiB), b"n" * (70 * KiB)
 
 
 async def _flushed(scene: Scene, hand: Hand) -> Place:
@@ -161,3 +168,148 @@ async def power_fails_when_logged_data_is_put_in_place(scene: Scene) -> None:
     await _cut(scene, ROWS_ONLY)
     for machine in scene.world.storage:
         assert await hand.read(place, at=machine) == "ok"
+
+
+@situation(errors=True)
+async def power_fails_between_a_write_and_its_flush(scene: Scene) -> None:
+    """The flush comes when all are back: it must not say that the write is there. Told once."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 4096) == "ok"
+    await _cut(scene, NOTHING)
+    told = await hand.flush(place)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+    assert await hand.write(place, 4096, 512) == "ok"
+    assert await hand.flush(place) == "ok"
+    assert await hand.read(place) == "ok"
+    assert told == "unknown"
+
+
+@situation(errors=True)
+async def a_flush_is_under_way_when_power_fails(scene: Scene) -> None:
+    """Two replicas have flushed; the third has not, and it is the one that comes back first."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 4096) == "ok"
+    tap = scene.tap(FLUSH.number, [hand.machine], [scene.head])
+    flushing = asyncio.ensure_future(hand.flush(place))
+    await scene.until(lambda: bool(tap.held), 5)
+    await scene.blackout(NOTHING)
+    tap.lose()
+    await asyncio.sleep(BURIED_S)
+    scene.power_on(scene.head)
+    await asyncio.sleep(4)
+    scene.power_on(*scene.world.storage[1:])
+    await scene.all_serve()
+    told = await flushing
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+    assert told == "unknown"
+
+
+@situation(errors=True)
+async def power_fails_and_the_first_to_return_dies_before_it_is_heard(scene: Scene) -> None:
+    """It comes back in the same boot: it is still not what was acknowledged."""
+    hand, head = scene.hand(), scene.head
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 4096) == "ok"
+    await scene.blackout(NOTHING)
+    await asyncio.sleep(1)
+    calls = scene.tap(CONTROL, [head], scene.world.mgmtd)
+    scene.power_on(head)
+    await scene.until(lambda: bool(calls.held), 5)
+    await asyncio.sleep(0.5)
+    head.kill()
+    calls.lose()
+    scene.revive(head)
+    await asyncio.sleep(1)
+    scene.power_on(*scene.world.storage[1:])
+    await scene.all_serve()
+    told = await hand.flush(place)
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+    assert told == "unknown"
+
+
+@situation()
+async def processes_die_between_a_write_and_its_flush(scene: Scene) -> None:
+    """All replicas, with the power on: nothing is lost, and the flush says so."""
+    hand = scene.hand()
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 4096) == "ok"
+    await scene.bury(*scene.world.storage)
+    for machine in scene.world.storage:
+        scene.revive(machine)
+    await scene.all_serve()
+    assert await hand.flush(place) == "ok"
+    assert await hand.read(place) == "ok"
+
+
+@situation()
+async def power_fails_at_one_replica_between_a_write_and_its_flush(scene: Scene) -> None:
+    """The others have what it lost, and fill it: the flush may say that the write is there."""
+    hand, tail = scene.hand(), scene.tail
+    place = await _flushed(scene, hand)
+    assert await hand.write(place, 0, 4096) == "ok"
+    tail.disk.fate = NOTHING
+    tail.power_cut()
+    await asyncio.sleep(0.3)
+    scene.power_on(tail)
+    await asyncio.sleep(3)
+    await scene.all_serve()
+    assert await hand.flush(place) == "ok"
+    for machine in scene.world.storage:
+        assert await hand.read(place, at=machine) == "ok"
+    tail.kill()
+    await asyncio.sleep(0.3)
+    scene.revive(tail)
+    await scene.until(lambda: tail.service is not None, 5)
+    for hosted in tail.service.service.targets.values():
+        assert not hosted.store.power_cut_possible, "it was filled: nothing is missing any more"
+
+
+@file_situation
+async def power_fails_between_a_write_and_its_fsync(stage: Stage) -> None:
+    """Each description of the file is told once; what is written again is there."""
+
+    async def begin(fs: FileSystem) -> tuple[File, File]:
+        file = await fs.open(PATH, "w", direct=True)
+        other = await fs.open(PATH, "r+")
+        await file.write(OLD)
+        await file.fsync()
+        await asyncio.sleep(3)  # storage flushes by itself, every two seconds
+        await file.pwrite(OLD[:100], 0)
+        await asyncio.sleep(0.5)
+        await file.pwrite(NEW, 0)
+        return file, other
+
+    async def is_told(file: File) -> bool:
+        try:
+            await file.fsync()
+        except FileSystemError as problem:
+            if "write it again" not in str(problem):
+                raise
+            return True
+        return False
+
+    file, other = await stage.at(0, begin)
+    for machine in stage.world.storage:
+        machine.disk.fate = NOTHING
+        machine.power_cut()
+    await asyncio.sleep(1)
+    for machine in stage.world.storage:
+        machine.power_on()
+        stage.revive(machine)
+    told = [await stage.at(0, lambda _, one=one: is_told(one)) for one in (file, other, file)]
+    if True not in told:
+        expect(await stage.at(1, read), NEW + OLD[len(NEW) :])
+    assert told == [True, True, False], told
+
+    async def again(_: FileSystem) -> None:
+        await file.pwrite(NEW, 0)
+        await file.close()
+        await other.close()
+
+    await stage.at(0, again)
+    expect(await stage.at(1, read), NEW + OLD[len(NEW) :])

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import pytest
+
 from sim.check_files import check_files
 from sim.history import History, Op
 from sim.stamps import stamp_fill
@@ -137,6 +139,23 @@ def test_a_power_cut_undoes_what_was_not_flushed_and_no_more() -> None:
     assert story.rules(cut_ns=cut_ns) == set()
     story.read(1, file, b"")
     assert story.rules(cut_ns=cut_ns) == {"file content"}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_flush_after_a_power_cut_answers_for_what_was_written_before(told: bool) -> None:
+    story = Story()
+    file = story.open(1)
+    one = story.write(1, file, 0, 40)
+    story.flush(1, file)
+    two = story.write(1, file, 0, 40, direct=True)
+    cut_ns = (two.end_ns or 0) + 1
+    story.history.begin(9, "stat", ("path", "x"), 0, 0, cut_ns)
+    if told:
+        failed = story.flush(1, file)
+        failed.outcome = "unknown"
+    story.flush(1, file)
+    story.read(1, file, one.payload)
+    assert story.rules(cut_ns=cut_ns) == (set() if told else {"file content"})
 
 
 def test_bytes_from_nowhere_are_found() -> None:

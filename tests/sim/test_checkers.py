@@ -1,9 +1,10 @@
 """Every checker passes what is good and catches what is bad."""
 
+from dataclasses import replace
 from random import Random
 
 from sim.check_blocks import Owned, check_findings, check_owners
-from sim.check_durable import after_cut, check_acknowledged, check_durable
+from sim.check_durable import LOST, after_cut, check_acknowledged, check_durable
 from sim.check_exit import Sample, check_exit, check_progress
 from sim.check_linear import check_linear
 from sim.check_once import Applied, check_appends, check_count, check_once, check_remembered
@@ -43,14 +44,28 @@ def test_what_was_flushed_before_a_power_cut_is_there() -> None:
     assert rules(check_durable([*older, op("read", 20, 21, 9)], 10)) == {"not durable"}
 
 
-def test_only_a_flush_that_ended_before_the_cut_counts() -> None:
-    for flush in (op("flush", 2, 15), op("flush", 2, None), op("flush", 0, 3)):
+def test_only_a_flush_that_began_after_the_write_and_ended_well_counts() -> None:
+    for flush in (op("flush", 2, 8), op("flush", 2, None), op("flush", 0, 3)):
         ops = [op("write", 0, 1, 1), flush, op("read", 20, 21, 0)]
-        counts = flush.start_ns >= 1 and flush.ok and (flush.end_ns or 99) <= 10
+        counts = flush.start_ns >= 1 and flush.ok
         assert bool(check_durable(ops, 10)) == counts
     ops = [op("write", 0, 1, 1), op("flush", 2, 3, client=2), op("read", 20, 21, 0)]
     assert rules(check_durable(ops, 10)) == {"not durable"}
     assert rules(check_durable(ops, 10, any_client=False)) == set()
+
+
+def test_a_flush_after_the_cut_answers_for_what_its_client_had_written_before() -> None:
+    """Probe of the simulator: it ended well although the write before the cut was gone."""
+    write, gone = op("write", 0, 1, 1), op("read", 20, 21, 0)
+    for flush in (op("flush", 2, 15), op("flush", 12, 15), op("flush", 30, 31)):
+        assert rules(check_durable([write, flush, gone], 10)) == {"not durable"}
+        assert check_linear(after_cut([write, flush, gone], 10)).violations
+        assert not check_durable([write, replace(flush, client=2), gone], 10)
+        told = replace(flush, outcome="unknown", result=LOST)
+        assert not check_durable([write, told, gone], 10)
+        later = op("flush", 40, 41)
+        assert not check_durable([write, told, gone, later], 10), "told once"
+        assert rules(check_durable([write, replace(told, client=2), gone, later], 10))
 
 
 def test_a_flushed_removal_stays_removed() -> None:

@@ -6,13 +6,17 @@ truncates and removes. Reads come from everybody.
 
 import asyncio
 import random
+from collections import defaultdict
 from typing import NamedTuple
 
+from emberfs.client.chunkio import ChunkIO
 from emberfs.client.chunkread import jobs_of
 from emberfs.client.cluster import Cluster
+from emberfs.client.unflushed import Unflushed
 from emberfs.proto.errors import EmberfsError
 from emberfs.proto.files import Layout
 from emberfs.proto.ids import CHUNK_BYTES_MIN, MS, SECOND, ChainId, InodeId, KiB
+from sim.check_durable import LOST
 from sim.cluster import World
 from sim.history import History, Key
 from sim.machine import Machine
@@ -111,6 +115,7 @@ class _Client:
         self._dice = dice
         self._history = load.history
         self._loop = load.world.loop
+        self._unflushed: defaultdict[Key, Unflushed] = defaultdict(Unflushed)
         self._changing: dict[Key, int] = {}  # changes of an owned key in flight; -1: its removal
 
     async def lane(self) -> None:
@@ -197,13 +202,14 @@ class _Client:
         )
         outcome, result = "ok", ""
         try:
-            await self._chunkio.write(
+            acknowledged = await self._chunkio.write(
                 place.inode,
                 place.layout,
                 offset,
                 memoryview(data),
                 timeout_ns=self._load.timeout_ns,
             )
+            self._unflushed[place.key].note(acknowledged)
         except EmberfsError as problem:
             self._note(f"write: {problem}")
             outcome, result = "unknown", problem.code.name
@@ -213,9 +219,10 @@ class _Client:
         op = self._history.begin(self._number, "truncate", place.key, size, 0, self._loop.now_ns())
         outcome, result = "ok", ""
         try:
-            await self._chunkio.truncate_chunk(
+            acknowledged = await self._chunkio.truncate_chunk(
                 place.inode, place.layout, 0, size, self._load.timeout_ns
             )
+            self._unflushed[place.key].note(acknowledged)
         except EmberfsError as problem:
             self._note(f"truncate: {problem}")
             outcome, result = "unknown", problem.code.name
@@ -225,7 +232,10 @@ class _Client:
         op = self._history.begin(self._number, "remove", place.key, 0, 0, self._loop.now_ns())
         outcome, result = "ok", ""
         try:
-            await self._chunkio.remove_chunks(place.inode, place.layout, 0, self._load.timeout_ns)
+            acknowledged = await self._chunkio.remove_chunks(
+                place.inode, place.layout, 0, self._load.timeout_ns
+            )
+            self._unflushed[place.key].note(acknowledged)
         except EmberfsError as problem:
             self._note(f"remove: {problem}")
             outcome, result = "unknown", problem.code.name
@@ -235,7 +245,9 @@ class _Client:
         op = self._history.begin(self._number, "flush", place.key, 0, 0, self._loop.now_ns())
         outcome, result = "ok", ""
         try:
-            await self._chunkio.flush(place.layout.chains, self._load.timeout_ns)
+            if await flush_place(self._chunkio, place, self._unflushed, self._load.timeout_ns):
+                self._note("flush: what was not flushed is lost")
+                outcome, result = "unknown", LOST
         except EmberfsError as problem:
             self._note(f"flush: {problem}")
             outcome, result = "unknown", problem.code.name
@@ -243,3 +255,13 @@ class _Client:
 
     def _note(self, what: str) -> None:
         self._load.errors.append((self._loop.now_ns(), what))
+
+
+async def flush_place(
+    chunkio: ChunkIO, place: Place, unflushed: defaultdict[Key, Unflushed], timeout_ns: int
+) -> bool:
+    """Flush as an open file does (client/filestate.py); True if changes before it may be gone."""
+    mine = unflushed[place.key]
+    covered = mine.now()
+    lost = await chunkio.flush(place.layout.chains, timeout_ns)
+    return mine.flushed(covered, lost)

@@ -384,6 +384,7 @@ class World:
         self.env.fuse.guest = None
         self.store = self.env.open()
         assert power_cut or not self.store.power_cut_possible
+        self.store.trust()
         for chunk, truth in self.truths.items():
             allowed = list(truth.versions) if power_cut else [truth.now]
             if self.in_flight is not None and self.in_flight[0] == chunk:

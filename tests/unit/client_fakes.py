@@ -238,7 +238,8 @@ class FakeStorage(FakeNode):
     def flush(self, call):
         request = sc.FLUSH.decode_request(call.body)
         self.flushed.append(request.targets)
-        return sc.FLUSH.encode_answer(sc.FlushAnswer(request.targets))
+        lost = tuple(self._chain(target).lost for target in request.targets)
+        return sc.FLUSH.encode_answer(sc.FlushAnswer(request.targets, lost))
 
 
 class FakeMeta(FakeNode):
@@ -540,8 +541,11 @@ class World:
         }
         self.routing.publish({n.id: n.record() for n in (*self.storage, self.meta)}, chains)
 
-    def republish(self, lost=()):
-        """Publish the nodes as they are; those `lost` are dead and at the end of every chain."""
+    def republish(self, lost=(), *, blackout=False):
+        """Publish the nodes as they are; those `lost` are dead and at the end of every chain.
+
+        After a `blackout` the chains have lost what was not flushed.
+        """
         chains = {}
         for chain in self.routing.snapshot.chains.values():
             alive = [t for t in chain.targets if t.node not in lost]
@@ -550,7 +554,9 @@ class World:
                 for t in chain.targets
                 if t.node in lost
             ]
-            chains[chain.id] = Chain(chain.id, chain.version + 1, tuple(alive + dead))
+            version = chain.version + 1
+            since = version if blackout else chain.lost
+            chains[chain.id] = Chain(chain.id, version, tuple(alive + dead), since)
         nodes = {n.id: n.record(n.id not in lost) for n in (*self.storage, self.meta)}
         self.routing.publish(nodes, chains)
 

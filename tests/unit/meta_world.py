@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from emberfs.client.unflushed import ChainVersions
 from emberfs.kv import keys
 from emberfs.kv.memory import MemoryStore
 from emberfs.kv.store import OrderedStore
@@ -28,7 +29,7 @@ from emberfs.proto.cluster import (
 )
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.files import Inode, Layout
-from emberfs.proto.ids import ROOT_INODE, TRASH_INODE, ChainId, InodeId, KiB
+from emberfs.proto.ids import ROOT_INODE, TRASH_INODE, ChainId, ChainVersion, InodeId, KiB
 from emberfs.runtime.real import RealEnv
 
 ROOT = calls.Caller(0, 0)
@@ -36,6 +37,7 @@ ALICE = calls.Caller(1000, 1000, (1000, 50))
 BOB = calls.Caller(2000, 2000)
 CLIENT = 77
 CHUNK = 64 * KiB
+ABSENT = -1
 
 
 class TestEnv(RealEnv):
@@ -57,6 +59,9 @@ class FakeChunks:
     def __init__(self) -> None:
         self.chunks: dict[tuple[int, int], int] = {}
         self.unflushed: dict[tuple[int, int], int] = {}  # what changes have replaced
+        self.version = ChainVersion(1)  # of every chain
+        self.lost: dict[ChainId, ChainVersion] = {}
+        self.loses_next = False  # the power of all storage fails just before the next flush
         self.log: list[tuple[Any, ...]] = []
         self.error: EmberfsError | None = None
         self.gate: asyncio.Event | None = None
@@ -76,40 +81,52 @@ class FakeChunks:
 
     async def remove_chunks(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int
-    ) -> list[ChainId]:
+    ) -> ChainVersions:
         self.log.append(("remove", inode, first_index))
         await self._pass()
         gone = [k for k in self.chunks if k[0] == (layout.data or inode) and k[1] >= first_index]
         for key in gone:
             self.unflushed[key] = self.chunks.pop(key)
-        return [layout.chains[0]] if gone else []
+        return {layout.chains[0]: self.version} if gone else {}
 
     async def write(
         self, inode: InodeId, layout: Layout, offset: int, data: memoryview, *, timeout_ns: int
-    ) -> None:
+    ) -> ChainVersions:
         self.log.append(("write", layout.data, offset, bytes(data)))
         await self._pass()
-        self.chunks[layout.data or inode, offset // layout.chunk_bytes] = len(data)
+        key = (layout.data or inode, offset // layout.chunk_bytes)
+        self.unflushed[key] = self.chunks.get(key, ABSENT)
+        self.chunks[key] = len(data)
+        return {layout.chains[0]: self.version}
 
     async def truncate_chunk(
         self, inode: InodeId, layout: Layout, index: int, length: int, timeout_ns: int
-    ) -> list[ChainId]:
+    ) -> ChainVersions:
         self.log.append(("truncate", inode, index, length))
         await self._pass()
         key = (layout.data or inode, index)
         if key in self.chunks:
             self.unflushed[key] = self.chunks[key]
         self.chunks[key] = length
-        return [layout.chains[0]]
+        return {layout.chains[0]: self.version}
 
-    async def flush(self, chains: Iterable[ChainId], timeout_ns: int) -> None:
+    async def flush(self, chains: Iterable[ChainId], timeout_ns: int) -> ChainVersions:
         await self._pass()
+        if self.loses_next:
+            self.loses_next = False
+            self.cut_power()
         self.unflushed.clear()
+        return self.lost
 
     def cut_power(self) -> None:
         """What was not flushed is undone."""
-        self.chunks.update(self.unflushed)
+        for key, length in self.unflushed.items():
+            self.chunks[key] = length
+            if length == ABSENT:
+                del self.chunks[key]
         self.unflushed.clear()
+        self.version = ChainVersion(self.version + 1)
+        self.lost = dict.fromkeys(map(ChainId, range(10)), self.version)
 
     async def end_of(
         self, inode: InodeId, layout: Layout, first_index: int, timeout_ns: int

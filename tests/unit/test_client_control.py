@@ -132,8 +132,9 @@ def test_every_field_survives_the_wire() -> None:
     report = TargetReport(
         TargetId(U32), LocalState.OFFLINE, ChainVersion(U32), U64, U64, "why", U64, U64
     )
+    report = msgspec.structs.replace(report, doubtful=True)
     places = tuple(ChainTarget(TargetId(s + 1), NodeId(U32), s) for s in PublicState)
-    chain = Chain(ChainId(U32), ChainVersion(U32), places)
+    chain = Chain(ChainId(U32), ChainVersion(U32), places, ChainVersion(U32 - 1))
     status = TargetStatus(TargetId(U32), NodeId(1), ChainId(2), PublicState.LASTSRV, report)
     whole = RoutingSnapshot(
         "c", RoutingVersion(U64), {node.id: node}, {chain.id: chain}, {status.target: status}

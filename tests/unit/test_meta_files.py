@@ -228,6 +228,29 @@ def test_s1_r12_cuts_and_removals_are_stable_before_they_are_forgotten() -> None
     play(scene)
 
 
+def test_s1_r12_cuts_and_removals_that_a_blackout_undoes_before_their_flush_are_repeated() -> None:
+    """A flush answered by replicas that have lost them does not count."""
+
+    async def scene(w: World) -> None:
+        f, g = await w.create(b"f"), await w.create(b"g", session=2)
+        for inode in (f, g):
+            w.chunks.put(inode.id, CHUNK, CHUNK)
+        await w.settle(f.id, length=2 * CHUNK)
+        w.chunks.loses_next = True
+        await w.setattr(f.id, length=10)
+        assert w.chunks.of(f.id) == {0: 10}
+        await w.settle(g.id, session=2, close=True)
+        await w.unlink(b"g")
+        w.chunks.loses_next = True
+        assert await w.context.collector.collect() == 0
+        assert await w.context.collector.collect() == 1
+        w.chunks.cut_power()
+        assert w.chunks.of(g.id) == {}
+        assert w.chunks.of(f.id) == {0: 10}
+
+    play(scene)
+
+
 def test_o6_r12_a_power_cut_does_not_repeat_a_finished_cut() -> None:
     """What is written after a truncation was answered stays, also when the power fails then."""
 

@@ -300,3 +300,16 @@ def test_a_store_without_inline_files_is_taken_over() -> None:
         assert schema.FILE_SYSTEM.decode(found).format == schema.FORMAT
 
     play_inline(scene)
+
+
+def test_r12_a_content_that_a_blackout_takes_on_its_way_to_chunks_is_written_again() -> None:
+    """It was stable beside the inode: the flush of replicas that have lost it does not count."""
+
+    async def scene(w: World) -> None:
+        made = await put(w, await w.create(b"a"), b"x" * 50, durable=True)
+        w.chunks.loses_next = True
+        grown = await grow(w, made.id)
+        assert grown.layout is not None
+        assert w.chunks.of(grown.layout.data) == {0: 50}
+
+    play_inline(scene)

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from emberfs.mgmtd.chain import GROUP_ORDER, TABLE, check_chain, next_chain
@@ -95,6 +96,23 @@ def check_rules(old: Chain, local: Mapping[TargetId, LocalState], new: Chain) ->
 def test_every_state_keeps_every_rule(replicas: int) -> None:
     for old, local in every_case(replicas):
         check_rules(old, local, next_chain(old, local))
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_r12_a_chain_says_since_when_what_was_not_flushed_may_be_gone(replicas: int) -> None:
+    """Exactly when a doubtful replica brings it back; and none does where another one can."""
+    for plain, local in every_case(replicas):
+        old = msgspec.structs.replace(plain, lost=ChainVersion(3))
+        for count in range(replicas + 1):
+            for doubtful in itertools.combinations([m.target for m in old.targets], count):
+                new = next_chain(old, local, doubtful)
+                check_rules(old, local, new)
+                returned = [t for t in those(new, S) if states_of(old)[t] == L]
+                losing = bool(set(returned) & set(doubtful))
+                assert new.lost == (new.version if losing else 3)
+                if losing:
+                    able = [t for t in those(old, L) if local.get(t) in (UP, ON)]
+                    assert set(able) <= set(doubtful)
 
 
 def reachable(replicas: int) -> set[Chain]:

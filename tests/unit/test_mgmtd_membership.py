@@ -266,6 +266,35 @@ def test_r7_total_outage_any_replica_returns_first() -> None:
         assert sorted(world.states()) == [(1, S), (2, S), (3, S)]
 
 
+def doubtful(target: int, local: LocalState = ON, version: int = 0) -> TargetReport:
+    return msgspec.structs.replace(report(target, local, version), doubtful=True)
+
+
+@pytest.mark.parametrize("power", [True, False])
+def test_r12_the_loss_of_a_chain_is_stored_published_and_kept(power: bool) -> None:
+    """The first replica to return says whether it lost what it had not flushed."""
+    world = three()
+    world.run(6)
+    assert world.states() == [(1, L), (2, L), (3, L)]
+    ready = doubtful(201) if power else report(201, ON)
+    world.register(storage(2, 2), ready)
+    lost = world.version() if power else 0
+    assert (world.states()[0], world.now.chains[ChainId(1)].lost) == ((2, S), lost)
+    world.register(storage(1, 2), doubtful(101))
+    world.beat(2, report(201, UP, world.version()), incarnation=2)
+    assert world.version() > lost
+    for later in (world, world.restarted()):
+        assert later.now.chains[ChainId(1)].lost == lost, "who is filled changes nothing"
+
+
+def test_r12_a_replica_that_lost_power_beside_others_is_no_loss() -> None:
+    world = three()
+    world.register(storage(3, 2), doubtful(301, OFF))
+    world.beat(3, doubtful(301, ON, world.version()), incarnation=2)
+    assert dict(world.states())[3] == Y
+    assert world.now.chains[ChainId(1)].lost == 0
+
+
 def test_r7_last_one_standing_holds_the_chain() -> None:
     """A replica that missed writes does not serve before the last one that took them."""
     world = three()

@@ -44,3 +44,32 @@ def test_a_store_that_is_opened_again_in_the_same_boot_is_trusted() -> None:
     world = _written(4)
     assert not world.env.open().power_cut_possible
     assert world.env.open(distrust=True).power_cut_possible
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_r12_a_store_that_may_have_lost_something_is_doubted_until_it_is_complete(
+    in_order: bool,
+) -> None:
+    """A second start in the same boot took it for complete: what was lost was not missed."""
+    env = _written(5).env
+    env.power_cut()
+    for _ in range(2):
+        store = env.open()
+        assert store.power_cut_possible
+        if in_order:
+            store.close()
+    store = env.open()
+    store.trust()
+    assert not env.open().power_cut_possible
+
+
+def test_r12_trust_does_not_hide_a_sync_that_has_failed() -> None:
+    world = _written(6)
+    env = world.env
+    store = env.open(distrust=True)
+    env.store.sync_error = EmberfsError(Code.DISK, "Input/output error")
+    with pytest.raises(EmberfsError):
+        store.flush()
+    env.store.sync_error = None
+    store.trust()
+    assert env.open().power_cut_possible

@@ -81,6 +81,20 @@ def test_after_a_power_cut_it_is_filled_again() -> None:
     assert target.serves
 
 
+def test_r12_doubt_is_told_until_it_is_filled_or_the_chain_goes_on_with_it() -> None:
+    target = opened_in(S, Opened(doubtful=True))
+    for state in (L, O, Y):
+        target.handle(routing(state, 2 + state), 0)
+        assert target.doubtful
+    target.handle(SyncCompleted(ChainVersion(2 + Y)), 0)
+    assert not target.doubtful
+    target = opened_in(L, Opened(doubtful=True))
+    assert (target.local, target.doubtful) == (LocalState.ONLINE, True)
+    target.handle(routing(S, 2), 0)
+    assert not target.doubtful
+    assert not opened_in(L, Opened(doubtful=False)).doubtful
+
+
 def test_completion_counts_for_its_chain_version_only() -> None:
     target = opened_in(Y, Opened(doubtful=False))
     target.handle(SyncCompleted(ChainVersion(7)), 0)
