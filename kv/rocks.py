@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from rocksdict import (
+    BlockBasedIndexType,
     BlockBasedOptions,
     Cache,
     DbClosedError,
@@ -26,7 +27,7 @@ from rocksdict import (
 from emberfs.kv.store import Change, Range, Row
 from emberfs.kv.view import StableView, Views
 from emberfs.proto.errors import Code, EmberfsError
-from emberfs.proto.ids import MiB
+from emberfs.proto.ids import KiB, MiB
 
 STALL_POLL_S = 0.001
 
@@ -232,6 +233,12 @@ def _options(write_buffer_bytes: int, cache_bytes: int, open_files_max: int) -> 
     table.set_block_cache(Cache(cache_bytes))
     table.set_bloom_filter(10, False)
     table.set_cache_index_and_filter_blocks(True)  # else they grow outside the cache's bound
+    # In parts, because the index of a large file would be larger than a shard of the cache: it was
+    # decompressed anew for every get (120 us instead of 3 with 100,000 small files).
+    table.set_index_type(BlockBasedIndexType.two_level_index_search())
+    table.set_partition_filters(True)
+    table.set_metadata_block_size(4 * KiB)
+    table.set_pin_top_level_index_and_filter(True)
     table.set_pin_l0_filter_and_index_blocks_in_cache(True)
     options = Options(raw_mode=True)
     options.create_if_missing(True)

@@ -300,3 +300,19 @@ def test_rocks_writes_wait_behind_a_backlog(tmp_path: Path) -> None:
         store.write([(b"k%06d" % (i * 7919 % 6000), noise)])
     assert len(store.scan(b"k", b"l")) == 6000
     store.close()
+
+
+def test_rocks_reads_no_whole_index_for_a_row(tmp_path: Path) -> None:
+    """An index larger than a shard of the cache would be decompressed for every get: see rocks.py.
+
+    RocksDB says what it runs with in a file of its own.
+    """
+    store = RocksStore(str(tmp_path / "kv"))
+    try:
+        newest = max((tmp_path / "kv").glob("OPTIONS-*"), key=lambda path: path.stat().st_mtime_ns)
+        options = newest.read_text()
+    finally:
+        store.close()
+    assert "index_type=kTwoLevelIndexSearch" in options
+    assert "partition_filters=true" in options
+    assert "metadata_block_size=4096" in options
