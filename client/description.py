@@ -77,6 +77,7 @@ class OpenFile:
         self.writable = writable
         self.direct = direct  # every read and write bypasses the buffers (O_DIRECT)
         self.append_offset = 0  # where the last append went
+        self.is_new = False  # made by being opened
         self.closed = False
         self.over = False  # nobody uses the session any more
         self._services = services

@@ -279,6 +279,8 @@ class EmberOperations(pyfuse3.Operations):
             direct=bool(flags & os.O_DIRECT),
         )
         entry = self._entry(found, parent, name, mark)
+        if file.is_new:
+            self._known.of(found.id).no_capability = True
         return self._handle(found, file, flags, ctx.uid), entry
 
     @handler

@@ -221,6 +221,7 @@ class OpenFiles:
             writable=write,
             direct=direct,
         )
+        file.is_new = answer.is_new
         self._fence.watch(inode.id)
         state.references += 1
         state.caches.add(cache)

@@ -82,7 +82,9 @@ async def create(context: Context, request: CreateRequest) -> OpenAnswer:
         return OpenAnswer(inode, room=await grant_bytes(txn, inode) if request.write else None)
 
     answer = await _run_open(context, CREATE, request, work)
-    return await _opened(context, request, answer, contents, is_new=answer.inode.id == taken)
+    is_new = answer.inode.id == taken
+    opened = await _opened(context, request, answer, contents, is_new=is_new)
+    return replace(opened, is_new=is_new)
 
 
 async def _open_existing(

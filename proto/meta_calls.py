@@ -59,6 +59,7 @@ class OpenAnswer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     content: bytes | None = None
     inline_bytes_max: int = 0  # how much content a client may settle
     room: int | None = None
+    is_new: bool = False  # this very request has made the file: it has no extended attributes
 
 
 class Nothing(msgspec.Struct, frozen=True, gc=False):

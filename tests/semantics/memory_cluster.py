@@ -333,13 +333,16 @@ class MemoryFiles:
                      truncate=False, direct=False, umask=0):  # fmt: skip
         await self.metadata.enter("create")
         node = self.metadata.child(parent, name)
+        is_new = node is None
         if node is not None and exclusive:
             raise EmberfsError(Code.EXISTS)
         if node is None:
             node = self.metadata.make(caller, parent, name, stat.S_IFREG | mode & ~umask)
         elif truncate:
             node.data.clear()
-        return node.inode(), MemoryFile(self, node, read, write, direct)
+        file = MemoryFile(self, node, read, write, direct)
+        file.is_new = is_new
+        return node.inode(), file
 
     async def setattr(self, caller, inode, **changes):
         return await self.metadata.setattr(caller, inode, **changes)

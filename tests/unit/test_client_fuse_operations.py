@@ -344,12 +344,27 @@ def test_absent_capability_is_asked_once() -> None:
     async def work():
         world = World()
         _, inode = await world.create()
+        world.operations._known.of(inode).no_capability = False  # as if another had made it
         world.metadata.calls.clear()
         for _ in range(3):
             with pytest.raises(pyfuse3.FUSEError) as caught:
                 await world.operations.getxattr(inode, b"security.capability", CALLER)
             assert caught.value.errno == errno.ENODATA
         assert world.metadata.calls == ["getxattr"]
+        await world.operations.setxattr(inode, b"security.capability", b"v", CALLER)
+        assert await world.operations.getxattr(inode, b"security.capability", CALLER) == b"v"
+
+    run(work())
+
+
+def test_a_new_file_is_known_to_have_no_capability() -> None:
+    async def work():
+        world = World()
+        _, inode = await world.create()
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await world.operations.getxattr(inode, b"security.capability", CALLER)
+        assert caught.value.errno == errno.ENODATA
+        assert world.metadata.calls == ["create"]
         await world.operations.setxattr(inode, b"security.capability", b"v", CALLER)
         assert await world.operations.getxattr(inode, b"security.capability", CALLER) == b"v"
 

@@ -93,6 +93,19 @@ def test_create_or_open() -> None:
     play(scene)
 
 
+def test_who_has_made_a_file_is_told_so() -> None:
+    async def scene(w: World) -> None:
+        async def create(session: int) -> bool:
+            request = calls.CreateRequest(
+                ROOT, w.rid(), ROOT_INODE, b"f", mode=0o644, session=session, write=True
+            )
+            return (await files.create(w.context, request)).is_new
+
+        assert [await create(1), await create(2)] == [True, False]
+
+    play(scene)
+
+
 def test_open_checks_permission() -> None:
     async def scene(w: World) -> None:
         f = await w.file(b"f", mode=0o640)
