@@ -79,12 +79,13 @@ async def create(context: Context, request: CreateRequest) -> OpenAnswer:
             await add_name(txn, context, parent, request.name, inode)
         _add_session(txn, context, inode.id, request)
         await _note_content(txn, inode, contents)
-        return OpenAnswer(inode, room=await grant_bytes(txn, inode) if request.write else None)
+        room = await grant_bytes(txn, inode) if request.write else None
+        return OpenAnswer(inode, room=room, is_new=entry is None)
 
     answer = await _run_open(context, CREATE, request, work)
-    is_new = answer.inode.id == taken
+    is_new = answer.inode.id == taken  # made by this very try
     opened = await _opened(context, request, answer, contents, is_new=is_new)
-    return replace(opened, is_new=is_new)
+    return replace(opened, is_new=answer.is_new)
 
 
 async def _open_existing(
