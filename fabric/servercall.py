@@ -43,7 +43,7 @@ class Call:
         peer: str,
         deadline_ns: int,
         flat: tuple[int, ...],
-        sinks: bytes,
+        sinks: SinkTable,
     ) -> None:
         self.header = header
         self.request = header.request
@@ -53,7 +53,7 @@ class Call:
         self.deadline_ns = deadline_ns
         self.flat = flat  # of the sources
         self.source_bytes = sum(flat[2::3])
-        self.sink_table = SinkTable(sinks, {})
+        self.sink_table = sinks
         self.sink_bytes = 0
         self.streamed_sink_bytes = 0
         self.full = False

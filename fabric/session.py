@@ -42,6 +42,7 @@ HELLO_NS = 5 * SECOND
 STOP_NS = 10 * SECOND  # how long a cancelled handler may take to end
 QUICK_BYTES_MAX = 256 * KiB  # what a call fills at most that is answered before others are heard
 _NO_REGIONS: dict[int, memoryview] = {}
+_NO_SINKS = SinkTable(b"", {})
 
 
 class Host(Protocol):
@@ -132,12 +133,15 @@ class Session:
 
     def _requested(self, header: Header, tail: bytes) -> Sequence[memoryview] | None:
         assert self._stream is not None
-        flat, sinks = frame.split_descriptors(header, tail)
         if header.request == 0 or header.request in self._calls:
             raise frame.malformed("REQUEST with a number that is in use")
         deadline_ns = self._env.now_ns() + header.timeout_ms * MS
+        if not (header.sources or header.sinks or header.descriptors_check):
+            self._requested_bare(header, tail, deadline_ns)
+            return None
+        flat, sinks = frame.split_descriptors(header, tail)
         body = memoryview(tail)[header.descriptor_bytes :]
-        call = Call(header, body, self.peer, deadline_ns, flat, sinks)
+        call = Call(header, body, self.peer, deadline_ns, flat, SinkTable(sinks, {}))
         streamed = _streamed_bytes(flat)
         if streamed != header.payload_bytes:
             raise frame.malformed(
@@ -155,6 +159,19 @@ class Session:
                 return None
             self._answer_error(call.request, problem)
             return nowhere(streamed)
+
+    def _requested_bare(self, header: Header, tail: bytes, deadline_ns: int) -> None:
+        """Admit a call that names no memory, as most calls of metadata are."""
+        if header.payload_bytes:
+            raise frame.malformed(f"{header.payload_bytes} bytes of payload without a source")
+        call = Call(header, memoryview(tail), self.peer, deadline_ns, (), _NO_SINKS)
+        try:
+            self._check(call)
+        except EmberfsError as problem:
+            self._answer_error(call.request, problem)
+            return
+        self._calls[call.request] = call
+        self._start(call)
 
     def _survey_sinks(self, call: Call) -> None:
         """Look at all sinks. INVALID if one is not where it says that it is."""
