@@ -86,6 +86,33 @@ async def a_writer_cuts_its_file_after_another_client_has_cut_it(stage: Stage) -
 
 
 @file_situation
+async def a_file_is_cut_and_grows_while_its_writer_closes_it(stage: Stage) -> None:
+    """The length has to be told twice, as another client has cut the file before the writes.
+
+    Until it is told the writer lives on for meta: it would take the bytes for nobody's.
+    """
+
+    async def begin(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)
+        await file.fsync()
+        return file
+
+    file = await stage.at(0, begin)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 10))
+    await stage.at(0, lambda _: file.pwrite(NEW * 90, 0))
+    settling = stage.tap(SETTLE, 0)
+    closing = stage.begin(0, lambda _: file.close())
+    await stage.until(lambda: bool(settling.held), 5)
+    settling.send_held()
+    await stage.until(lambda: bool(settling.held), 5)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 2 * len(OLD)))
+    settling.release()
+    await closing
+    expect(await stage.at(2, read), NEW * 90 + bytes(len(OLD)))
+
+
+@file_situation
 async def a_close_is_not_answered_in_time(stage: Stage) -> None:
     """Its caller gives up; the session ends all the same, and what was at storage is told."""
     settlements = stage.tap(SETTLE, 0)
