@@ -229,20 +229,20 @@ class FileState:
             if durable and self.truncate_version == version:
                 self._cut_length = -1
                 self._durable_length = max(self._durable_length, stop, answer.length)
-            gone = close and not answer.nlink
-            if answer.truncate_version > version and length is not None and not gone:
+            if answer.truncate_version > version and length is not None:
                 # An fdatasync may have told nothing, as the length was stable before that cut.
                 durable |= self._durable_length >= 0
                 self._unsettle(mark, None)
                 self.note(answer)
                 continue
-            if answer.truncate_version < version and not gone:
+            if answer.truncate_version < version:
                 self._cut_was_undone(answer)
                 continue
             if answer.truncate_version < self.truncate_version:  # told in time; cut since
                 self._keep_unsettled(self._unsettled_stop)
             self.note(answer)
             return
+        raise EmberfsError(Code.SUPERSEDED, f"inode {self.id} was cut again and again meanwhile")
 
     def note_failure(self, problem: BaseException) -> None:
         """A call to meta has failed; perhaps the file is gone."""

@@ -80,6 +80,7 @@ class OpenFiles:
         self.write_memory = WriteMemory()
         self._states: dict[InodeId, FileState] = {}
         self._descriptions: dict[InodeId, set[OpenFile]] = {}
+        self._returned: set[SessionId] = set()  # opened anew while their ends were under way
         self._tasks = TaskSet()
         self._fence = Fence(membership, self._reopen)
         if membership is not None:
@@ -290,6 +291,9 @@ class OpenFiles:
         metrics.OPEN_FILES.dec()
         state.write_sessions.discard(file.session)
         file.over = True
+        if file.session in self._returned:
+            self._returned.discard(file.session)
+            self._end_again(file)
         state.ended.discard(file.session)
         if not state.write_sessions:
             state.no_writers()
@@ -330,8 +334,20 @@ class OpenFiles:
                 raise EmberfsError(
                     Code.STALE, f"the file went while this client was away: {problem.message}"
                 ) from problem
-            if file.ending:  # meanwhile: its session must not outlive it
-                self._abandon(file.session, EmberfsError(Code.TIMEOUT), inode)
+            finally:
+                if file.ending:
+                    self._end_again(file)
+
+    def _end_again(self, file: OpenFile) -> None:
+        """A session that came back while its file was being closed must not outlive it.
+
+        Nor end before what the close tells has arrived: meta would take the bytes behind the known
+        end for nobody's, or collect a file without a name, and the close would not find it.
+        """
+        if file.over:
+            self._abandon(file.session, EmberfsError(Code.TIMEOUT), file.inode_id)
+        else:
+            self._returned.add(file.session)
 
     def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         return self._tasks.spawn(work, name=name)

@@ -343,7 +343,7 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
     async def work(txn: Transaction) -> InodeAnswer:
         inode = await load_uncut(txn, request.inode)
         changed = await _settled(txn, context, inode, request)
-        if request.close:
+        if request.close and not _is_told_again(inode, request):
             txn.clear(keys.session_key(inode.id, request.session))
             if inode.nlink == 0 and not await has_sessions(txn, inode.id):
                 await destroy(txn, changed, context.env.wall_ns())
@@ -358,6 +358,17 @@ async def settle(context: Context, request: SettleRequest) -> InodeAnswer:
     if answer.inode.nlink == 0:
         context.collector.wake()
     return answer
+
+
+def _is_told_again(inode: Inode, request: SettleRequest) -> bool:
+    """Tell whether the client will tell the length under another truncate version.
+
+    Its session lasts until then: what it wrote would be nobody's, and its file might go.
+    """
+    if not inode.is_file() or inode.inline:
+        return False
+    ours, theirs = inode.truncate_version, request.truncate_version
+    return theirs > ours or (theirs < ours and request.length is not None)
 
 
 def _written(context: Context, txn: Transaction, inode: Inode, request: SettleRequest) -> Inode:

@@ -217,7 +217,8 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
 
     `length` is the highest end of any write of this session since `truncate_version`; the file's
     length becomes max(current, length) if the truncate version is still the current one, and is
-    left alone otherwise. With `close` the session ends (and an unlinked file may be collected).
+    left alone otherwise. With `close` the session ends (and an unlinked file may be collected), but
+    not if the length has to be told again, under the truncate version of the answer.
     With `durable` the answer comes only after the transaction is on stable storage. `torn`: a write
     failed, and may have left bytes behind the end. `want`: bytes behind the end that are about to
     be written, for which there must be room in the quota. `sparse`: a write began behind the end.

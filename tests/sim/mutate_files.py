@@ -8,9 +8,11 @@ from emberfs.client.description import OpenFile
 from emberfs.client.filestate import FileState
 from emberfs.client.metadata import Metadata
 from emberfs.client.nodecalls import NodeCalls
+from emberfs.client.openfile import OpenFiles
 from emberfs.client.readcache import ReadCache
 from emberfs.client.writebuffer import WriteBuffer
 from emberfs.proto import meta_calls as calls
+from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.method import Method
 from sim.mutate_meta import CONTENT, FOUND, NAMES
 from sim.mutations import Patch, mutation
@@ -114,6 +116,16 @@ def failed_closes_keep_their_session(patch: Patch) -> None:
         self._services.forget(self)
 
     patch.set(OpenFile, "_end_later", end_later)
+
+
+@mutation("gentle files", CONTENT)
+def sessions_that_came_back_end_at_once(patch: Patch) -> None:
+    """The end of a session that was opened anew overtakes the close of its file."""
+
+    def end_again(self: Any, file: Any) -> None:
+        self._abandon(file.session, EmberfsError(Code.TIMEOUT), file.inode_id)
+
+    patch.set(OpenFiles, "_end_again", end_again)
 
 
 @mutation("meta power", CONTENT)

@@ -105,6 +105,12 @@ def answers_come_before_commits(patch: Patch) -> None:
     patch.wrap(Replies, "run", make)
 
 
+@mutation("files", CONTENT)
+def sessions_end_before_the_length_is_told(patch: Patch) -> None:
+    """A close ends the session although the length has to be told again."""
+    patch.set(files, "_is_told_again", lambda *_: False)
+
+
 @mutation("files, lost clients", FOUND)
 def sessions_never_end(patch: Patch) -> None:
     """Nobody looks for the sessions of dead clients."""

@@ -126,6 +126,8 @@ DIRECTED: dict[str, str] = {
     "retries_get_new_sequences": "a_write_is_tried_again_after_a_restart",
     "settlements_ignore_the_version": "two_clients_write_one_small_file",
     "sessions_do_not_say_since_when": "a_client_is_back_and_one_server_has_not_heard_of_it",
+    "sessions_end_before_the_length_is_told": "a_file_is_cut_and_grows_while_its_writer_closes_it",
+    "sessions_that_came_back_end_at_once": "a_file_is_opened_anew_while_it_is_closed",
     "short_reads_are_not_cleared": "a_chunk_grows_again_after_it_was_cut",
     "silence_is_not_told": "two_replicas_do_not_reach_each_other",
     "snapshots_share_a_version": "the_leader_dies_after_a_change_and_a_client_is_new",

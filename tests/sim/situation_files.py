@@ -4,7 +4,7 @@ import asyncio
 
 from emberfs.client.file import File, FileSystem
 from emberfs.client.oserrors import FileSystemError
-from emberfs.proto.meta_calls import SETTLE
+from emberfs.proto.meta_calls import OPEN, SETTLE
 from sim.disk import Fate
 from sim.scenario import BlameError
 from sim.scenario_files import Stage
@@ -86,6 +86,33 @@ async def a_writer_cuts_its_file_after_another_client_has_cut_it(stage: Stage) -
 
 
 @file_situation
+async def a_file_is_cut_and_grows_while_its_writer_closes_it(stage: Stage) -> None:
+    """The length has to be told twice, as another client has cut the file before the writes.
+
+    Until it is told the writer lives on for meta: it would take the bytes for nobody's.
+    """
+
+    async def begin(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)
+        await file.fsync()
+        return file
+
+    file = await stage.at(0, begin)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 10))
+    await stage.at(0, lambda _: file.pwrite(NEW * 90, 0))
+    settling = stage.tap(SETTLE, 0)
+    closing = stage.begin(0, lambda _: file.close())
+    await stage.until(lambda: bool(settling.held), 5)
+    settling.send_held()
+    await stage.until(lambda: bool(settling.held), 5)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 2 * len(OLD)))
+    settling.release()
+    await closing
+    expect(await stage.at(2, read), NEW * 90 + bytes(len(OLD)))
+
+
+@file_situation
 async def a_close_is_not_answered_in_time(stage: Stage) -> None:
     """Its caller gives up; the session ends all the same, and what was at storage is told."""
     settlements = stage.tap(SETTLE, 0)
@@ -103,6 +130,36 @@ async def a_close_is_not_answered_in_time(stage: Stage) -> None:
     settlements.lose()
     await asyncio.sleep(5)
     expect(await stage.at(1, read), OLD)
+
+
+@file_situation
+async def a_file_is_opened_anew_while_it_is_closed(stage: Stage) -> None:
+    """The session that came back must not end before what the close tells has arrived.
+
+    Meta would take the bytes for nobody's when another client sets the length. If the name was
+    gone, the file was collected, and the close found none (seed 20000029, gentle files).
+    """
+
+    async def begin(fs: FileSystem) -> File:
+        file = await fs.open(PATH, "w", direct=True)
+        await file.write(OLD)  # storage has it, meta does not know of it
+        return file
+
+    file = await stage.at(0, begin)
+    opened = stage.tap(OPEN, 0, answers=True)
+    stage.meta.kill()
+    stage.revive(stage.meta)
+    await stage.until(lambda: bool(opened.held), 20)
+    settling = stage.tap(SETTLE, 0)
+    closing = stage.begin(0, lambda _: file.close())
+    await stage.until(lambda: bool(settling.held), 5)
+    settling.open = True  # what comes now overtakes the one that is held
+    opened.release()
+    await asyncio.sleep(0.5)
+    await stage.at(1, lambda fs: fs.truncate(PATH, 2 * len(OLD)))
+    settling.release()
+    await closing
+    expect(await stage.at(2, read), OLD + bytes(len(OLD)))
 
 
 @file_situation

@@ -1,6 +1,7 @@
 """A client that was taken for dead does not write what nobody would remove."""
 
 import asyncio
+import contextlib
 
 import msgspec
 import pytest
@@ -174,7 +175,8 @@ def test_sessions_are_left_alone_when_another_metadata_server_has_lived_on():
     run(test)
 
 
-def test_a_session_that_is_renewed_while_its_file_closes_does_not_stay():
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_session_that_is_renewed_while_its_file_closes_does_not_stay(answered):
     async def test(world):
         client = world.client(routing=world.routing)
         file = await make(client)
@@ -183,13 +185,53 @@ def test_a_session_that_is_renewed_while_its_file_closes_does_not_stay():
 
         async def late_open(*args, **more):
             await file.close()
-            return await opened(*args, **more)
+            answer = await opened(*args, **more)
+            if not answered:
+                raise EmberfsError(Code.TIMEOUT, "no answer")
+            return answer
 
         metadata.open = late_open
-        await client._reopen(file.inode_id)
+        with contextlib.suppress(EmberfsError):
+            await client._reopen(file.inode_id)
         await asyncio.sleep(0.1)
         assert not +world.meta.sessions
         assert metadata.settle == settled
+
+    run(test)
+
+
+def test_a_session_that_is_renewed_while_its_file_closes_does_not_end_before_the_length_is_told():
+    """Meta would take the bytes for nobody's, or the file for one that nobody has open."""
+
+    async def test(world):
+        client = world.client(routing=world.routing)
+        file = await make(client)
+        await file.write(0, b"x" * 100, direct=True)
+        metadata, telling, told = file._services.metadata, asyncio.Event(), asyncio.Event()
+        opened, settled = metadata.open, metadata.settle
+
+        async def slow_settle(*args, **more):
+            if more.get("length") is not None:
+                telling.set()
+                await told.wait()
+            return await settled(*args, **more)
+
+        async def open_amid_close(*args, **more):
+            answer = await opened(*args, **more)
+            world.closing = asyncio.ensure_future(file.close())
+            await telling.wait()
+            return answer
+
+        metadata.settle, metadata.open = slow_settle, open_amid_close
+        await client._reopen(file.inode_id)
+        await asyncio.sleep(0.1)
+        assert not world.meta.settled
+        told.set()
+        await world.closing
+        await asyncio.sleep(0.1)
+        assert world.meta.settled[0].length == 100
+        assert [request.close for request in world.meta.settled] == [True, True]
+        assert not +world.meta.sessions
 
     run(test)
 

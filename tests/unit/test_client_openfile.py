@@ -8,6 +8,7 @@ import pytest
 
 from emberfs.client import description, openfile, writebuffer
 from emberfs.fabric.region import Region
+from emberfs.proto import meta_calls as mc
 from emberfs.proto import storage_calls as sc
 from emberfs.proto.errors import Code, EmberfsError
 from emberfs.proto.ids import MS, KiB, MiB
@@ -503,6 +504,31 @@ def test_r12_a_length_that_a_power_cut_took_from_meta_is_told_again(how):
         await (file.fsync() if how == "fsync" else file.close())
         assert world.meta.inodes[file.inode_id].length == 1000
         await file.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("end", ["fsync", "close"])
+def test_a_length_that_cannot_be_told_for_the_cuts_of_others_is_an_error(end):
+    """Nothing is told to be safe that meta has not taken; the session ends all the same."""
+
+    async def test(world):
+        file = await make(world.client())
+
+        def cut(method, request):
+            if method is mc.SETTLE and request.length is not None:
+                version = world.meta.inodes[file.inode_id].truncate_version
+                world.meta.change(file.inode_id, truncate_version=version + 1)
+
+        world.meta.before = cut
+        await file.write(0, b"x" * 1000, direct=True)
+        with pytest.raises(EmberfsError) as caught:
+            await getattr(file, end)()
+        assert caught.value.code == Code.SUPERSEDED
+        world.meta.before = lambda *_: None
+        await file.close()
+        await asyncio.sleep(0.1)
+        assert not +world.meta.sessions
 
     run(test)
 

@@ -123,6 +123,26 @@ def test_open_checks_permission() -> None:
 # ---------------------------------------------------------------- length
 
 
+@pytest.mark.parametrize("unlinked", [False, True])
+def test_a_close_that_has_to_be_told_again_ends_no_session(unlinked: bool) -> None:
+    """Another client has cut the file before these writes: they are somebody's until they count."""
+
+    async def scene(w: World) -> None:
+        f = await w.create(b"f")
+        await w.settle(f.id, length=1000)
+        await w.setattr(f.id, length=10)
+        if unlinked:
+            await w.unlink(b"f")
+        early = await w.settle(f.id, length=1000, truncate_version=0, close=True)
+        assert (early.length, early.truncate_version) == (10, 1)
+        assert w.rows(keys.Prefix.SESSION)
+        late = await w.settle(f.id, length=1000, truncate_version=1, close=True)
+        assert late.length == 1000
+        assert not w.rows(keys.Prefix.SESSION)
+
+    play(scene)
+
+
 def test_settle_takes_the_longest_length_of_this_truncate_version() -> None:
     async def scene(w: World) -> None:
         f = await w.create(b"f")
