@@ -1,7 +1,7 @@
 """The scrubber: its rules, and real stores with one byte flipped, one row gone, one chunk other."""
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -62,6 +62,12 @@ def test_when_the_next_pass_is_due() -> None:
     assert wait_s(Note("", 10**9), 100, 5) == 100  # the clock was an age ahead
 
 
+class Gate:
+    """Closed while all restart: a scrubber that meets another chain version leaves it for later."""
+
+    is_open = True
+
+
 def scrubbing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,6 +75,9 @@ def scrubbing(
 ) -> None:
     """Three replicas with five chunks each on stable storage; the third chunk is `data`."""
     monkeypatch.setattr(scrub, "LOOK_NS", 20_000_000)
+    may = scrub.Scrubber._may
+    monkeypatch.setattr(scrub.Scrubber, "_may", lambda self: Gate.is_open and may(self))
+    Gate.is_open = True
 
     async def main(cluster: ClusterUnderTest) -> None:
         source = random.Random(9)
@@ -92,7 +101,16 @@ async def restart(cluster: ClusterUnderTest, node: NodeUnderTest) -> None:
     cluster.set_chain([(n, SERVING) for n in cluster.nodes])
 
 
+def agree(nodes: Sequence[NodeUnderTest]) -> bool:
+    """Tell whether all serve, in the same version of their chain."""
+    replicas = [node.hosted.replica for node in nodes]
+    serving = [r.view.chain_version for r in replicas if r is not None and r.state.serves]
+    return len(serving) == len(nodes) and len(set(serving)) == 1
+
+
 async def scrubbed(*nodes: NodeUnderTest) -> None:
+    await until(lambda: agree(nodes))
+    Gate.is_open = True
     await until(lambda: all(n.hosted.report().scrub_finished_s for n in nodes))
 
 
@@ -108,6 +126,7 @@ def test_o7_scrub_finds_and_mends_a_flipped_byte(
 
     async def body(cluster: ClusterUnderTest, data: bytes) -> None:
         damage(cluster.nodes[victim].path, data[100_000:100_001] + data[100_001:100_064])
+        Gate.is_open = False
         for node in cluster.nodes:
             await restart(cluster, node)
         await scrubbed(*cluster.nodes)
@@ -134,10 +153,11 @@ def test_o7_scrub_finds_and_restores_a_missing_chunk(
         await cluster.start_node(lost)
         cluster.set_chain([(n, SERVING) for n in cluster.nodes])
         assert (await cluster.read(lost, chunk_of(2), 100))[0].length == 0
+        Gate.is_open = False
         for node in cluster.nodes:
             await restart(cluster, node)
         await scrubbed(*cluster.nodes)
-        assert findings(cluster) == 1
+        assert findings(cluster) in (1, 2)  # both neighbours in the chain may see it
         states = []
         for node in cluster.nodes:
             assert (await cluster.read(node, chunk_of(2), len(data)))[1] == data
@@ -166,6 +186,7 @@ def test_o7_scrub_finds_replicas_that_differ_though_each_verifies(
             chunk_bytes=CHUNK_BYTES,
             remembered=(),
         )
+        Gate.is_open = False
         for node in cluster.nodes:
             await restart(cluster, node)
         await scrubbed(*cluster.nodes)
@@ -182,6 +203,7 @@ def test_what_nobody_can_mend_is_told_and_does_not_stop_the_scrubber(
     async def body(cluster: ClusterUnderTest, data: bytes) -> None:
         for node in cluster.nodes:
             damage(node.path, data[50_000:50_064])
+        Gate.is_open = False
         for node in cluster.nodes:
             await restart(cluster, node)
         await scrubbed(*cluster.nodes)
