@@ -4,7 +4,7 @@ MOUNT ?= mnt
 BIN   := $(VENV)/bin
 PURE_TESTS := tests/test_tidy.py tests/test_fault_table.py tests/unit tests/sim tests/fuzz tests/model
 PLOTTING = $(BIN)/python -m pip install -q --disable-pip-version-check --group plots
-INPUTS := pyproject.toml $(wildcard runtime/*.[ch] fabric/*.c storage/*.c client/*.c client/native/*.c) deploy/install.sh
+INPUTS := pyproject.toml $(wildcard runtime/*.[ch] proto/*.h fabric/*.[ch] storage/*.c client/*.c client/native/*.[ch]) deploy/install.sh
 
 .PHONY: libemberfs fio-engine fuzz sim sim-long model kill-matrix hf3fs test-hf3fs-clients up down clean-data status install test test-ecosystem check unit integration demo bench bench-all bench-fio bench-scaling proto help
 

@@ -7,11 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-struct __attribute__((packed)) descriptor {
-    uint32_t region;
-    uint64_t offset;
-    uint32_t bytes;
-};
+#include "packed.h"
 
 /* The region's size in bytes, noted in `used`; -1 if it is not there, -2 on error. */
 static int64_t size_of(uint32_t region, PyObject *regions, PyObject *used) {
@@ -40,7 +36,7 @@ static PyObject *survey(PyObject *self, PyObject *args) {
         struct descriptor sink;
         memcpy(&sink, (char *)packed.buf + i * (Py_ssize_t)sizeof sink, sizeof sink);
         total += sink.bytes;
-        if (sink.region == 0) {
+        if (sink.region == STREAMED) {
             streamed += sink.bytes;
             continue;
         }

@@ -10,28 +10,12 @@
 #include <errno.h>
 #include <sys/uio.h>
 
+#include "../fabric/packed.h"
+#include "../proto/packed.h"
 #include "../runtime/crc32c.h"
 
 enum { DONE, REFUSED, DISPUTED, NOT_PLAIN, NOT_CACHED, DIFFERENT, FAILED };
-enum { CHUNK_BYTES = 12, SUMS_AT_ONCE = 64, STEP_BYTES = 128 << 10, STREAMED = 0 };
-
-struct operation { /* proto/storage_calls.py, ReadOp */
-    uint32_t target, chain_version;
-    char chunk[CHUNK_BYTES];
-    uint32_t offset, length, flags;
-};
-
-struct __attribute__((packed)) result { /* ReadResult */
-    int32_t code;
-    uint32_t length;
-    uint64_t version;
-};
-
-struct __attribute__((packed)) descriptor { /* fabric/frame.py */
-    uint32_t region;
-    uint64_t offset;
-    uint32_t bytes;
-};
+enum { SUMS_AT_ONCE = 64, STEP_BYTES = 128 << 10 };
 
 struct __attribute__((packed)) place { /* plainread.py, PLACE */
     int32_t fd;
@@ -114,7 +98,7 @@ static PyObject *planned(PyObject *plain, PyObject *chunk) {
 
 /* Look up one operation whose sink is known. Returns its state so far, -1 on error. */
 static int look(PyObject *plain, const struct operation *wanted, struct job *job) {
-    PyObject *chunk = PyBytes_FromStringAndSize(wanted->chunk, CHUNK_BYTES), *plan = NULL;
+    PyObject *chunk = PyBytes_FromStringAndSize(wanted->chunk, sizeof wanted->chunk), *plan = NULL;
     int state = -1, disputed = 0;
     if (chunk == NULL) return -1;
     for (int i = 0; i < 2 && disputed == 0; i++)

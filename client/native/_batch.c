@@ -9,30 +9,21 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../../fabric/packed.h"
+#include "../../proto/packed.h"
+#include "packed.h"
+
 #define PACKED struct __attribute__((packed))
 
-enum { READ = 0, LENGTH_MAX = 1 << 30, LEAN = 8, OPERATIONS_MAX = 256, WIDTH_MAX = 16 };
+enum { READ = 0, LEAN = 8, OPERATIONS_MAX = 256, WIDTH_MAX = 16 };
 enum { NOT_READ = 0, PLANNED, GATHERED, TAKEN };        /* states of a plan */
 enum { SMALL_BYTES = 16 << 10, CROWD = 32 };            /* see gather_small */
 #define OFFSET_MAX ((uint64_t)1 << 63)
 
-PACKED entry { /* layout.py, SUBMISSION */
-    uint64_t user_data;
-    uint32_t operation, file;
-    uint64_t offset;
-    uint32_t region, length;
-    uint64_t start;
-    uint32_t flags;
-    char unused[20];
-};
-PACKED completion { uint64_t user_data; int64_t result; };
 PACKED region { uint32_t id; uint64_t bytes; };                             /* holdings.py */
 PACKED file { uint64_t inode, chunks, chunk_bytes, end; };                  /* batch.py, FILE */
 PACKED table { uint32_t chains, width; };                                   /* packedread.py */
 PACKED replica { uint32_t target, version, node; };
-PACKED operation { uint32_t target, version, chunk[3], offset, length, flags; }; /* ReadOp */
-PACKED descriptor { uint32_t region; uint64_t offset; uint32_t bytes; };    /* fabric/frame.py */
-PACKED result { int32_t code; uint32_t length; uint64_t version; };         /* ReadResult */
 
 struct span { uint32_t file; uint64_t start, stop; };
 
@@ -156,7 +147,7 @@ static uint32_t choose(const struct planner *planner, const struct replica *repl
 
 static void ask(struct plan *plan, const struct replica *replica) {
     plan->operation.target = replica->target;
-    plan->operation.version = replica->version;
+    plan->operation.chain_version = replica->version;
     plan->node = replica->node;
 }
 
@@ -203,10 +194,10 @@ static int plan_one(struct planner *planner, const struct entry *entry, struct p
         if (replicas[i].node >= (uint64_t)planner->nodes) return 0;
     uint32_t spread = (uint32_t)((file->inode * 2654435761u + index) & 0x7FFFFFFF);
     ask(plan, &replicas[choose(planner, replicas, count, spread)]);
-    uint64_t chunks = file->chunks;
-    plan->operation.chunk[0] = __builtin_bswap32((uint32_t)(chunks >> 32)); /* big-endian, proto/ids.py */
-    plan->operation.chunk[1] = __builtin_bswap32((uint32_t)chunks);
-    plan->operation.chunk[2] = __builtin_bswap32((uint32_t)index);
+    uint64_t chunks = __builtin_bswap64(file->chunks); /* big-endian, proto/ids.py */
+    uint32_t place = __builtin_bswap32((uint32_t)index);
+    memcpy(plan->operation.chunk, &chunks, sizeof chunks);
+    memcpy(plan->operation.chunk + sizeof chunks, &place, sizeof place);
     plan->operation.offset = (uint32_t)within;
     plan->operation.length = entry->length;
     plan->sink.region = planner->region.id;

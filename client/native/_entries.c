@@ -6,20 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define PACKED struct __attribute__((packed))
-
-PACKED entry {
-    uint64_t user_data;
-    uint32_t operation, file;
-    uint64_t offset;
-    uint32_t region, length;
-    uint64_t start;
-    uint32_t flags;
-    char unused[20];
-};
-PACKED completion { uint64_t user_data; int64_t result; };
-
-enum { LENGTH_MAX = 1 << 30 };
+#include "packed.h"
 
 /* What was looked up for the entry before; borrowed from the arguments. */
 struct known {
