@@ -20,7 +20,7 @@ from emberfs.proto.errors import EmberfsError
 
 Result: TypeAlias = int | EmberfsError  # bytes, short at the end of the file; or why not
 
-BULK_MIN = 8  # ranges from which on the compiled loops pay
+BULK_MIN = 2  # ranges; a lone one may share its call with others (combine.py)
 IN_FLIGHT_MAX = 64  # single reads or writes of one call at a time
 
 
