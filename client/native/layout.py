@@ -57,7 +57,7 @@ def region_facts(region_id: int, size_bytes: int) -> bytes:
     return _REGION.pack(region_id, size_bytes)
 
 
-def count_of(entries: bytes) -> int:
+def count_of(entries: bytes | memoryview) -> int:
     """How many submission entries these are."""
     return len(entries) // SUBMISSION.size
 

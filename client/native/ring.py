@@ -82,7 +82,7 @@ class Ring:
         self._submitted = self._seen = 0  # our SQ_TAIL and CQ_HEAD
         self._batches: dict[int, Batch] = {}
         self._last_batch = 0
-        self._queue: deque[bytes] = deque()  # runs of entries for which there was no room yet
+        self._queue: deque[memoryview] = deque()  # runs of entries for which there was no room yet
         self._state = threading.Condition()
         self._reaping = False  # one thread waits for all
         self._usual_ns = SPIN_NS_MAX  # how long an answer takes
@@ -119,7 +119,7 @@ class Ring:
                 batch.settle(place, 0 if empty else -errno.EINVAL)
             self._batches[batch.number] = batch
             if packed:
-                self._queue.append(packed)
+                self._queue.append(memoryview(packed))
             self._push()
             self._finish(batch)
         return batch
@@ -186,7 +186,7 @@ class Ring:
             except OSError:  # full: the daemon has not slept through that; or gone: waiting says so
                 pass
 
-    def _put(self, packed: bytes) -> None:
+    def _put(self, packed: memoryview) -> None:
         """Place entries, without telling of them."""
         done = 0
         for first, some in layout.runs(self._submitted, layout.count_of(packed), self._entries):
