@@ -77,6 +77,27 @@ def test_few_small_ranges_take_one_call():
     run(test)
 
 
+def test_memory_may_be_given_back_while_a_hole_is_read_into_it():
+    """The callback that completes a call clears what a hole leaves: of a closed region it cannot."""
+
+    async def test(world):
+        files = world.client()
+        _, file = await files.create(ME, 1, b"sparse", 0o644)
+        await file.write(CHUNK, b"end")
+        await file.flush()
+        region = Region(64 * KiB)
+        region.view[:100] = b"x" * 100
+        for node in world.storage:
+            node.delay_s = 0.1
+        ranges = [Range(file, 1000 * i, region.slice(100 * i, 100)) for i in range(20)]
+        reading = asyncio.ensure_future(read_many(files.chunkio, ranges))
+        await asyncio.sleep(0.03)
+        region.close()
+        assert await reading == [100] * 20
+
+    run(test)
+
+
 def test_each_range_has_its_own_result():
     async def test(world):
         files = world.client()
