@@ -78,7 +78,7 @@ def test_few_small_ranges_take_one_call():
 
 
 def test_memory_may_be_given_back_while_a_hole_is_read_into_it():
-    """The callback that completes a call clears what a hole leaves: of a closed region it cannot."""
+    """Whoever completes the call clears what a hole leaves, but not in a region that is closed."""
 
     async def test(world):
         files = world.client()
