@@ -125,7 +125,8 @@ def cut(recorder: Recorder, history: History, cut_ns: int, seed: int) -> None:
         )
         before = len(seen)
         read_all(cluster, seen)
-        found = check_durable(seen, cut_ns)
+        # Each process flushes what it wrote itself: the other's fsync promises nothing for it.
+        found = check_durable(seen, cut_ns, any_client=False)
         print(f"cut {seed}: writes lost {lost}, {before} operations before, {len(found)} bad")
         assert not found, report(found)
         assert "clean:" in cluster.fsck()
